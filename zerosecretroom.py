@@ -1443,3 +1443,1201 @@ class Verifier:
         rank = two.admins.index(two.roster.signer)
         for dev in two.gone.keys() - one.gone.keys() - asked:
             must(dev not in two.admins[:rank], "an admin removes a more senior one")
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# Rooms: what the relay holds and the rules by which it changes. Synchronous: no clock, no socket, no await, so every
+# message is handled whole or, where it is refused, not at all. Knows Limits, Errors and Wire; only Link calls it.
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+NEW, GREETED, KNOWN, MEMBER = 1, 2, 4, 8  # a socket: opened, nonce answered, device proved, listed and said hello
+SEEN, PRESENCE = 2, 3  # types of a group envelope that are not kept; 1 is an event
+DIRECT, WELCOME, SHARE = 1, 2, 3  # kinds of a direct
+BY_DECISION, LINK_USED, LINK_OVER = 1, 2, 3
+LINK, UNLINK, LEAVE, SPLIT = 1, 2, 3, 4  # kinds of a request
+DEMO = "aaa"
+CLOSE_LOGIN, CLOSE_UNLISTED, CLOSE_REPLACED, CLOSE_ADDRESS = 4001, 4003, 4004, 4005
+
+
+class Identity(Protocol):
+    """The relay's own key: `public` is its point, `sign` makes r || s over E(label, m)."""
+
+    @property
+    def public(self) -> bytes: ...
+    def sign(self, label: str, m: bytes) -> bytes: ...
+
+
+class Send(NamedTuple):
+    """Effect: this frame to each of these sockets, in the order of effects."""
+
+    conns: tuple[Hashable, ...]
+    frame: bytes
+
+
+class Close(NamedTuple):
+    """Effect: this socket ends once what is queued for it has gone."""
+
+    conn: Hashable
+    code: int
+    reason: str
+
+
+Effects = list[Send | Close]
+
+
+class Entry(NamedTuple):
+    """One entry of a room's log."""
+
+    no: int
+    at: float
+    frame: bytes
+
+
+class Join(NamedTuple):
+    """A newcomer's request for admission, sealed to each admin device."""
+
+    sigpub: bytes
+    inv_id: bytes
+    sealed: Mapping[bytes, bytes]
+    at: float
+
+
+class Asked(NamedTuple):
+    """A pending request and the devices it is about."""
+
+    request: Request
+    signed: Signed
+    devs: frozenset[bytes]
+
+
+class Peer:
+    """One socket."""
+
+    __slots__ = ("conn", "dev", "inv_id", "nonces", "room", "sigpub", "state")
+
+    def __init__(self, conn: Hashable, room: Room) -> None:
+        self.conn, self.room, self.state = conn, room, NEW
+        self.dev = self.sigpub = self.nonces = b""
+        self.inv_id: bytes | None = None  # an invite it waits to be told of
+
+
+class Seat:
+    """A listed device, present or not."""
+
+    __slots__ = ("cursor", "direct_bytes", "directs", "first", "peer", "resynced")
+
+    def __init__(self, first: int) -> None:
+        self.first = self.cursor = first  # the last log number of before it was listed, and the last it acknowledged
+        self.peer: Peer | None = None
+        self.directs: dict[int, tuple[int, float, bytes]] | None = None  # tid: kind, since when, frame
+        self.direct_bytes = 0
+        self.resynced = float("-inf")
+
+
+class File:
+    """Sealed chunks on their way: who has them all, and who waits for which."""
+
+    __slots__ = ("at", "chunks", "count", "got", "size", "waits")
+
+    def __init__(self, count: int, at: float) -> None:
+        self.count, self.at, self.size = count, at, 0
+        self.chunks: dict[int, bytes] = {}
+        self.got: set[bytes] = set()
+        self.waits: dict[Peer, tuple[int, int]] = {}  # next index, and the first beyond the window
+
+
+class Shelf(Generic[K, T]):
+    """Things of one kind that a room keeps: so many, and charged to its memory."""
+
+    __slots__ = ("items", "places", "room")
+
+    def __init__(self, room: Room, places: int) -> None:
+        self.room, self.places = room, places
+        self.items: dict[K, tuple[T, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self.items
+
+    def get(self, key: K) -> T | None:
+        found = self.items.get(key)
+        return found[0] if found else None
+
+    def values(self) -> list[T]:
+        return [value for value, _ in self.items.values()]
+
+    def check(self, key: K, what: str) -> None:
+        """Raises Full where there is no place for a new key."""
+        if key not in self.items and len(self.items) >= self.places:
+            raise Full(f"too many {what} in this room", self.room.limits.full_retry_ms)
+
+    def put(self, key: K, value: T, size: int) -> None:
+        self.drop(key)
+        size += self.room.limits.overhead
+        self.items[key] = value, size
+        self.room.charge(size)
+
+    def drop(self, key: K) -> None:
+        found = self.items.pop(key, None)
+        if found:
+            self.room.charge(-found[1])
+
+    def keep(self, wanted: Callable[[K, T], bool]) -> None:
+        for key in [key for key, (value, _) in self.items.items() if not wanted(key, value)]:
+            self.drop(key)
+
+
+class Purse:
+    """Bytes in use by all rooms together."""
+
+    __slots__ = ("used",)
+
+    def __init__(self) -> None:
+        self.used = 0
+
+
+class Room:
+    """What the relay holds of one room. Its methods never fail: who may change what is judged in Rooms."""
+
+    __slots__ = (
+        "acked",
+        "attended",
+        "conns",
+        "demo",
+        "evidence",
+        "files",
+        "head",
+        "id",
+        "invites",
+        "joins",
+        "leaves",
+        "limits",
+        "live",
+        "log",
+        "newcomers",
+        "next",
+        "purse",
+        "requests",
+        "resyncs",
+        "revokes",
+        "rotated",
+        "seats",
+        "taken",
+        "used",
+    )
+
+    def __init__(self, room_id: bytes, demo: bool, first: int, limits: Limits, purse: Purse) -> None:
+        self.id, self.demo, self.limits, self.purse = room_id, demo, limits, purse
+        self.head: Head | None = None
+        self.seats: dict[bytes, Seat] = {}
+        self.newcomers: dict[bytes, Peer] = {}  # proved their device, but no roster lists it
+        self.conns, self.attended, self.used = 0, 0.0, 0
+        self.log: deque[Entry] = deque()
+        self.next = first
+        self.acked = False  # since the log was last cut
+        self.live: tuple[Hashable, ...] | None = None  # sockets of members; None once that changed
+        self.taken: dict[bytes, int] = {}  # commits of late and their log numbers
+        self.rotated = float("-inf")
+        self.files: dict[tuple[bytes, bytes], File] = {}
+        self.leaves: Shelf[bytes, tuple[Leaf, Signed]] = Shelf(self, limits.devices)
+        self.invites: Shelf[bytes, tuple[Invite, Signed]] = Shelf(self, limits.invites)
+        self.revokes: Shelf[bytes, tuple[Revoke, Signed]] = Shelf(self, limits.invites)
+        self.requests: Shelf[bytes, Asked] = Shelf(self, limits.requests)
+        self.resyncs: Shelf[bytes, Signed] = Shelf(self, limits.devices)
+        self.evidence: Shelf[bytes, Listing] = Shelf(self, limits.evidence)
+        self.joins: Shelf[bytes, Join] = Shelf(self, limits.joins)
+
+    # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def charge(self, size: int) -> None:
+        self.used += size
+        self.purse.used += size
+
+    def cost(self, frame: bytes) -> int:
+        return len(frame) + self.limits.overhead
+
+    # ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def append(self, frame: bytes, now: float) -> None:
+        """Adds the entry whose frame was made for the number `next`."""
+        self.log.append(Entry(self.next, now, frame))
+        self.next += 1
+        self.charge(self.cost(frame))
+        if self.demo and len(self.log) > self.limits.demo_events:
+            self.forget(1)
+
+    def forget(self, count: int) -> None:
+        """Drops the earliest entries."""
+        for _ in range(count):
+            self.charge(-self.cost(self.log.popleft().frame))
+
+    def trim(self) -> None:
+        """Drops what every listed device has acknowledged."""
+        self.acked = False
+        low = 0 if self.demo else min((seat.cursor for seat in self.seats.values()), default=0)
+        self.forget(sum(1 for _ in itertools.takewhile(lambda entry: entry.no <= low, self.log)))
+
+    def spare(self, short: int, now: float) -> int | None:
+        """How many of the earliest entries free `short` bytes without taking them from a connected device that keeps
+        up; None where they do not suffice."""
+        if short <= 0:
+            return 0
+        low = min((seat.cursor for seat in self.seats.values() if seat.peer and not self.demo), default=self.next)
+        count = 0
+        for entry in self.log:
+            if short <= 0 or (entry.no > low and now - entry.at < self.limits.slow_seconds):
+                break
+            short -= self.cost(entry.frame)
+            count += 1
+        return count if short <= 0 else None
+
+    # ── members ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def members(self) -> tuple[Hashable, ...]:
+        """The sockets of all present devices, made once between changes: a post is one frame to this tuple."""
+        if self.live is None:
+            self.live = tuple(seat.peer.conn for seat in self.seats.values() if seat.peer)
+        return self.live
+
+    def others(self, peer: Peer) -> tuple[Hashable, ...]:
+        return tuple(conn for conn in self.members() if conn != peer.conn)
+
+    def online(self) -> tuple[bytes, ...]:
+        return tuple(dev for dev, seat in self.seats.items() if seat.peer)
+
+    def cut(self) -> set[bytes]:
+        """Devices whose own member asked for their removal, the asking one excepted."""
+        asked = [each for each in self.requests.values() if each.request.kind in (UNLINK, LEAVE)]
+        return {dev for each in asked for dev in each.devs if dev != each.request.dev}
+
+    def asked_out(self) -> frozenset[bytes]:
+        asked = [each for each in self.requests.values() if each.request.kind in (UNLINK, LEAVE)]
+        return frozenset(dev for each in asked for dev in each.devs)
+
+    # ── directs ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def drop_direct(self, seat: Seat, tid: int) -> None:
+        found = seat.directs.pop(tid, None) if seat.directs else None
+        if found:
+            seat.direct_bytes -= self.cost(found[2])
+            self.charge(-self.cost(found[2]))
+        if not seat.directs:
+            seat.directs = None
+
+    def empty_seat(self, seat: Seat) -> None:
+        self.charge(-seat.direct_bytes)
+        seat.direct_bytes, seat.directs = 0, None
+
+    # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def drop_file(self, key: tuple[bytes, bytes]) -> File | None:
+        file = self.files.pop(key, None)
+        if file:
+            self.charge(-file.size - self.limits.overhead * (len(file.chunks) + 1))
+        return file
+
+    def wanted_by(self, key: tuple[bytes, bytes], file: File) -> bool:
+        """Whether some listed device but the author has not said that it has the file."""
+        return self.demo or bool(self.seats.keys() - file.got - {key[0]})
+
+
+class Rooms:
+    """All rooms. `wall` gives ms since 1970, for expiries that members signed; `now` is seconds of any steady clock."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        identity: Identity,
+        run: bytes,
+        names: frozenset[str],
+        random: Callable[[int], bytes],
+        wall: Callable[[], int],
+    ) -> None:
+        self._limits, self._identity, self._run, self._names = limits, identity, run, names
+        self._random, self._wall = random, wall
+        self._verifier = Verifier(limits)
+        self._purse = Purse()
+        self._rooms: dict[bytes, Room] = {}
+        self._idle: dict[bytes, Room] = {}  # without a socket, the longest so first
+        self._peers: dict[Hashable, Peer] = {}
+        self._arriving: dict[Hashable, float] = {}  # not logged in yet: until when, in order
+        self._acked: set[Room] = set()
+        self._first = 1  # log numbers are never used twice in a run
+        self._tid = 0
+        self._swept = float("-inf")
+        self._out: Effects = []
+        self._handlers = self._table()
+
+    def _table(self) -> dict[type[Any], tuple[int, Callable[[Peer, Any, float], None]]]:
+        """Who may say what: the states a frame is allowed in, and its handler."""
+        return {
+            UpNonce: (NEW, self._nonce),
+            UpLogin: (GREETED, self._login),
+            UpHello: (KNOWN | MEMBER, self._hello),
+            UpFetch: (KNOWN, self._fetch),
+            UpJoin: (KNOWN, self._join),
+            UpPing: (KNOWN | MEMBER, self._ping),
+            UpPost: (MEMBER, self._post),
+            UpLive: (MEMBER, self._live),
+            UpCommit: (MEMBER, self._commit),
+            UpDirect: (MEMBER, self._direct),
+            UpWelcome: (MEMBER, self._welcome),
+            UpShare: (MEMBER, self._share),
+            UpAck: (MEMBER, self._ack),
+            UpDack: (MEMBER, self._dack),
+            UpLeaf: (MEMBER, self._leaf),
+            UpResync: (MEMBER, self._resync),
+            UpRequest: (MEMBER, self._request),
+            UpInvite: (MEMBER, self._invite),
+            UpRevoke: (MEMBER, self._revoke),
+            UpEvidence: (MEMBER, self._evidence),
+            UpRefuse: (MEMBER, self._refuse),
+            UpPut: (MEMBER, self._put),
+            UpGet: (MEMBER, self._get),
+            UpGot: (MEMBER, self._got),
+            UpDrop: (MEMBER, self._drop),
+            UpHead: (MEMBER, self._give_head),
+        }
+
+    # ── what Link calls ──────────────────────────────────────────────────────────────────────────────────────────
+    def enter(self, conn: Hashable, room_path: str, now: float) -> Effects:
+        """A socket opened at /ws/<room_path>."""
+        try:
+            room = self._room_at(room_path)
+        except PeerFault as fault:
+            frame = encode_frame(DownFault(0, fault.code, fault.text, fault.retry_ms))
+            return [Send((conn,), frame), Close(conn, CLOSE_ADDRESS, fault.code)]
+        room.conns += 1
+        self._idle.pop(room.id, None)
+        self._peers[conn] = Peer(conn, room)
+        self._arriving[conn] = now + self._limits.login_timeout
+        return []
+
+    def handle(self, conn: Hashable, message: bytes, now: float) -> Effects:
+        """A message of a socket: each of its frames is taken whole, or refused and told so."""
+        peer, self._out = self._peers.get(conn), []
+        if peer is None:
+            return []
+        try:
+            frames = split_frames(message)
+        except PeerFault as fault:
+            self._refused(peer, fault, 0, now)
+            return self._out
+        for data in frames:
+            if conn in self._peers:
+                self._frame(peer, data, now)
+        return self._out
+
+    def leave(self, conn: Hashable, now: float) -> Effects:
+        """A socket is gone."""
+        self._out = []
+        peer = self._peers.get(conn)
+        if peer:
+            self._forget(peer, now)
+        return self._out
+
+    def expire(self, now: float) -> Effects:
+        """What time alone does; to be called about once a second."""
+        self._out = []
+        for conn in [*itertools.takewhile(lambda each: self._arriving[each] <= now, self._arriving)]:
+            self._end(self._peers[conn], CLOSE_LOGIN, "login timeout", now)
+        for room in self._acked:
+            room.trim()
+        self._acked.clear()
+        if now - self._swept >= self._limits.sweep_seconds:
+            self._swept = now
+            for room in [*self._rooms.values()]:
+                self._sweep(room, now)
+        return self._out
+
+    def counts(self) -> dict[str, int]:
+        """For the operator: numbers without ids."""
+        return {
+            "rooms": len(self._rooms),
+            "connections": len(self._peers),
+            "bytes": self._purse.used,
+            "entries": sum(len(room.log) for room in self._rooms.values()),
+            "files": sum(len(room.files) for room in self._rooms.values()),
+        }
+
+    # ── sockets and rooms ────────────────────────────────────────────────────────────────────────────────────────
+    def _room_at(self, path: str) -> Room:
+        demo = path == DEMO
+        room_id = Hl("room", DEMO.encode()) if demo else unb64u(path)
+        if len(room_id) != 32:
+            raise Bad("address is not a room's")
+        room = self._rooms.get(room_id)
+        if room is None:
+            if len(self._rooms) >= self._limits.rooms and not self._idle:
+                raise PeerFault("busy", "this relay holds as many rooms as it may", self._limits.full_retry_ms)
+            if len(self._rooms) >= self._limits.rooms:
+                self._forget_room(next(iter(self._idle.values())))
+            room = self._rooms[room_id] = Room(room_id, demo, self._first, self._limits, self._purse)
+        return room
+
+    def _forget_room(self, room: Room) -> None:
+        """Nothing is lost by it: the next member to come brings back all that counts."""
+        self._purse.used -= room.used
+        self._first = max(self._first, room.next)
+        self._acked.discard(room)
+        del self._rooms[room.id]
+        self._idle.pop(room.id, None)
+
+    def _forget(self, peer: Peer, now: float) -> None:
+        room = peer.room
+        del self._peers[peer.conn]
+        self._arriving.pop(peer.conn, None)
+        if room.newcomers.get(peer.dev) is peer:
+            del room.newcomers[peer.dev]
+        for file in room.files.values():
+            file.waits.pop(peer, None)
+        seat = room.seats.get(peer.dev)
+        if seat and seat.peer is peer:
+            self._absent(room, peer, seat)
+        room.conns -= 1
+        if not room.conns:
+            room.attended = now
+            self._idle[room.id] = room
+            if not (room.head or room.log or room.files):
+                self._forget_room(room)
+
+    def _absent(self, room: Room, peer: Peer, seat: Seat) -> None:
+        seat.peer, room.live = None, None
+        if room.demo:
+            del room.seats[peer.dev]
+        self._send(room.members(), DownPeer(peer.dev, 0))
+
+    def _end(self, peer: Peer, code: int, reason: str, now: float) -> None:
+        self._out.append(Close(peer.conn, code, reason))
+        self._forget(peer, now)
+
+    def _turn_away(self, peer: Peer, text: str, now: float) -> None:
+        """An unlisted device is shown the head that leaves it out: it judges for itself."""
+        if peer.room.head:
+            self._tell(peer, DownUnit(peer.room.head.data))
+        self._tell(peer, DownFault(0, "unlisted", text, 0))
+        self._end(peer, CLOSE_UNLISTED, "unlisted", now)
+
+    # ── effects ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def _send(self, conns: tuple[Hashable, ...], frame: Any) -> None:
+        if conns:
+            self._out.append(Send(conns, encode_frame(frame)))
+
+    def _tell(self, peer: Peer, frame: Any) -> None:
+        self._out.append(Send((peer.conn,), encode_frame(frame)))
+
+    def _tell_fault(self, peer: Peer, fault: PeerFault, ref: int = 0) -> None:
+        self._tell(peer, DownFault(ref, fault.code, fault.text, fault.retry_ms))
+
+    def _frame(self, peer: Peer, data: bytes, now: float) -> None:
+        mark, frame = len(self._out), None
+        try:
+            if len(data) > self._limits.max_frame:
+                raise PeerFault("too-big", "frame is larger than this relay takes")
+            frame = decode_frame(data)
+            states, handler = self._handlers.get(type(frame), (0, None))
+            if handler is None or not peer.state & states:
+                raise Bad("frame is not expected now")
+            handler(peer, frame, now)
+        except PeerFault as fault:
+            del self._out[mark:]
+            self._refused(peer, fault, getattr(frame, "ref", 0), now)
+
+    def _refused(self, peer: Peer, fault: PeerFault, ref: int, now: float) -> None:
+        """Who has not logged in yet has one try."""
+        self._tell_fault(peer, fault, ref)
+        if peer.state < KNOWN:
+            self._end(peer, CLOSE_LOGIN, fault.code, now)
+
+    # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def _afford(self, room: Room, need: int, now: float, share: float = 1.0) -> None:
+        """Makes room for `need` bytes, or raises Full and leaves all as it was. First goes what all have; then the
+        earliest that only absent or silent devices lack; then rooms that nobody is in. Files make nothing go."""
+        limits = self._limits
+        if max(room.used - share * limits.max_room_memory, self._purse.used - share * limits.max_memory) + need > 0:
+            room.trim()
+        count = room.spare(room.used + need - limits.max_room_memory, now) if share == 1.0 else 0
+        if count is None or (share < 1.0 and room.used + need > share * limits.max_room_memory):
+            raise Full("this room holds as much as it may", limits.full_retry_ms)
+        short, idle = self._purse.used + need - int(share * limits.max_memory), []
+        for each in self._idle.values():
+            if short <= 0:
+                break
+            idle.append(each)
+            short -= each.used
+        if short > 0:
+            raise Full("this relay holds as much as it may", limits.full_retry_ms)
+        room.forget(count)
+        for each in idle:
+            self._forget_room(each)
+
+    def _shelve(self, room: Room, shelf: Shelf[K, T], key: K, value: T, size: int, now: float) -> None:
+        self._afford(room, size + self._limits.overhead, now)
+        shelf.put(key, value, size)
+
+    def _sweep(self, room: Room, now: float) -> None:
+        ttl = self._limits.demo_ttl if room.demo else self._limits.ttl
+        old, wall = now - ttl, self._wall()
+        room.forget(sum(1 for _ in itertools.takewhile(lambda entry: entry.at <= old, room.log)))
+        for seat in room.seats.values():
+            for tid in [tid for tid, (_, at, _) in (seat.directs or {}).items() if at <= old]:
+                room.drop_direct(seat, tid)
+        for key in [key for key, file in room.files.items() if file.at <= old]:
+            self._end_file(room, key)
+        room.joins.keep(lambda _, join: join.at > old)
+        room.requests.keep(lambda _, asked: asked.request.expiry > wall)
+        room.invites.keep(lambda _, invite: invite[0].expiry > wall)
+        if not room.conns and (room.attended <= old or not (room.head or room.log or room.files)):
+            self._forget_room(room)
+
+    # ── arriving ─────────────────────────────────────────────────────────────────────────────────────────────────
+    def _nonce(self, peer: Peer, frame: UpNonce, now: float) -> None:
+        room = peer.room
+        mine = self._random(32)
+        m = encode(Relay(self._identity.public, room.id, frame.nonce, mine))
+        head = room.head.ch if room.head else ZERO32
+        self._tell(peer, DownRelay(m, self._identity.sign("relay", m), self._run, head))
+        peer.nonces, peer.state = frame.nonce + mine, GREETED
+
+    def _login(self, peer: Peer, frame: UpLogin, now: float) -> None:
+        room, login = peer.room, decode(Login, frame.m)
+        if login.relay != self._identity.public:
+            raise PeerFault("login", "login is for another relay")
+        if self._names and login.host.lower() not in self._names:
+            raise PeerFault("host", "login is for a name this relay does not go by")
+        if login.room != room.id or login.client_nonce + login.relay_nonce != peer.nonces:
+            raise PeerFault("login", "login is for another socket")
+        if login.dev != device_id(room.id, frame.sigpub) or not verify_signature(
+            frame.sigpub, "login", frame.m, frame.sig
+        ):
+            raise PeerFault("login", "login is not signed by its device")
+        before = room.newcomers.get(login.dev)
+        if before is None and login.dev not in room.seats and len(room.newcomers) >= self._limits.newcomers:
+            raise PeerFault("busy", "too many wait at this room's door", self._limits.full_retry_ms)
+        if before:
+            self._end(before, CLOSE_REPLACED, "replaced", now)
+        peer.dev, peer.sigpub, peer.nonces, peer.state = login.dev, frame.sigpub, b"", KNOWN
+        room.newcomers[peer.dev] = peer
+        self._arriving.pop(peer.conn, None)
+
+    def _ping(self, peer: Peer, frame: UpPing, now: float) -> None:
+        self._tell(peer, DownPong(frame.token))
+
+    def _give_head(self, peer: Peer, frame: UpHead, now: float) -> None:
+        if peer.room.head is None:
+            raise PeerFault("unknown", "room has no head")
+        self._tell(peer, DownUnit(peer.room.head.data))
+
+    def _hello(self, peer: Peer, hello: UpHello, now: float) -> None:
+        room, limits = peer.room, self._limits
+        if room.demo:
+            self._admit(peer, hello, now)
+            return
+        if (
+            max(
+                len(hello.evidence) - limits.evidence,
+                len(hello.leaves) - limits.devices,
+                len(hello.requests) - limits.requests,
+                len(hello.invites) - limits.invites,
+                len(hello.revokes) - limits.invites,
+            )
+            > 0
+        ):
+            raise PeerFault("too-big", "hello brings more than this relay keeps")
+        new = self._verifier.unit(room.id, hello.unit, room.head) if hello.unit else None
+        if new and peer.dev in new.listing.devices and (room.head is None or preferred(new, room.head)):
+            if room.head and new.commit.parent == room.head.ch:
+                self._verifier.follows(new, room.head, self._wall(), room.asked_out())
+            self._advance(peer, new, hello.unit, now)
+        if room.head is None:
+            self._tell_fault(peer, PeerFault("unknown", "room is not known here: a member brings it back"))
+            return
+        self._hear(peer, hello, now)
+        if peer.conn not in self._peers:  # turned away by a request that it brought itself
+            return
+        if peer.dev not in room.seats or peer.dev in room.cut():
+            self._turn_away(peer, "this device is not listed", now)
+            return
+        self._admit(peer, hello, now)
+
+    def _hear(self, peer: Peer, hello: UpHello, now: float) -> None:
+        """Second-hand objects of a hello: each counts by its own signature, one that no longer fits is passed over."""
+        takers: list[tuple[Callable[[Peer, Any, float], None], tuple[Any, ...]]] = [
+            (self._take_leaf, hello.leaves),
+            (self._take_evidence, hello.evidence),
+            (self._take_request, hello.requests),
+            (self._take_revoke, hello.revokes),
+            (self._take_invite, hello.invites),
+        ]
+        for take, objects in takers:
+            for each in objects:
+                with suppress(PeerFault):
+                    take(peer, each, now)
+        self._answer_newcomers(peer.room)
+
+    def _admit(self, peer: Peer, hello: UpHello, now: float) -> None:
+        room = peer.room
+        last = room.next - 1
+        seat = room.seats.get(peer.dev)
+        if seat is None:  # only the demo room seats whoever comes
+            seat = room.seats[peer.dev] = Seat(0)
+        before, seat.peer = seat.peer, peer
+        if before is None:
+            self._send(room.others(peer), DownPeer(peer.dev, 1))
+        elif before is not peer:
+            self._end(before, CLOSE_REPLACED, "replaced", now)
+        room.newcomers.pop(peer.dev, None)
+        peer.state, peer.inv_id, room.live = MEMBER, None, None
+        cursor = min(hello.cursor, last) if hello.run == self._run else 0
+        seat.cursor = max(seat.cursor, cursor)
+        self._acked.add(room)
+        self._brief(peer, hello)
+        skipped = max(cursor, seat.first)
+        self._out.extend(Send((peer.conn,), entry.frame) for entry in room.log if entry.no > skipped)
+        for _, _, frame in (seat.directs or {}).values():
+            self._out.append(Send((peer.conn,), frame))
+        self._tell(peer, DownReady(room.head.ch if room.head else ZERO32, room.online()))
+
+    def _brief(self, peer: Peer, hello: UpHello) -> None:
+        """What a member must know before the log; lists that are empty are left out."""
+        room, dev = peer.room, peer.dev
+        self._tell(peer, DownHi(self._run, room.log[0].no if room.log else room.next, room.next))
+        if room.head and hello.unit != room.head.data and (hello.unit or hello.run != self._run):
+            self._tell(peer, DownUnit(room.head.data))
+        joins = tuple(
+            PendingJoin(by, join.sigpub, join.inv_id, join.sealed[dev])
+            for by, (join, _) in room.joins.items.items()
+            if dev in join.sealed
+        )
+        told: list[tuple[type[Any], tuple[Any, ...]]] = [
+            (DownLeaves, tuple(signed for _, signed in room.leaves.values())),
+            (DownJoins, joins),
+            (DownRequests, tuple(asked.signed for asked in room.requests.values())),
+            (DownResyncs, tuple(room.resyncs.values())),
+            (DownEvidence, tuple(listing.proof for listing in room.evidence.values())),
+        ]
+        for shape, items in told:
+            if items:
+                self._tell(peer, shape(items))
+
+    # ── the head ─────────────────────────────────────────────────────────────────────────────────────────────────
+    def _commit(self, peer: Peer, frame: UpCommit, now: float) -> None:
+        room = peer.room
+        head = self._charted(room)
+        before = room.taken.get(Hl("commit", decode(Unit, frame.unit).body))
+        if before is not None:  # the same again, after a socket that broke before the answer
+            self._tell(peer, DownSent(frame.ref, before))
+            return
+        new = self._verifier.unit(room.id, frame.unit, head)
+        rotation = new.listing.roster_hash == head.listing.roster_hash
+        if new.commit.parent == head.ch:
+            self._verifier.follows(new, head, self._wall(), room.asked_out())
+        elif new.listing.charter.no <= head.listing.charter.no:
+            raise PeerFault("lost", "another commit came first")
+        if rotation:
+            self._may_rotate(room, new, now)
+        no = self._advance(peer, new, frame.unit, now)
+        room.rotated = now if rotation else room.rotated
+        if peer.conn in self._peers:
+            self._tell(peer, DownSent(frame.ref, no))
+
+    def _may_rotate(self, room: Room, new: Head, now: float) -> None:
+        listing, wait = new.listing, room.rotated + self._limits.rotation_seconds - now
+        if wait > 0:
+            raise PeerFault("slow", "rotations come too fast", int(wait * 1000) + 1)
+        if listing.charter.who == 1 and new.commit.committer not in listing.admins:
+            answered = [dev for dev, slot in new.slots.items() if slot.type == 1 and dev in room.resyncs]
+            must(bool(answered), "rotation is for admins here, and answers no resync")
+
+    def _advance(self, by: Peer, new: Head, uploaded: bytes, now: float) -> int:
+        """Takes a new head: all present see its commit, then those it leaves out are turned away, those it brings in
+        are shown it, and what it settles is dropped."""
+        room = by.room
+        no = room.next
+        frame = encode_frame(DownCommit(no, 2, uploaded))
+        growth = len(new.data) - (len(room.head.data) if room.head else 0)
+        self._afford(room, room.cost(frame) + growth, now)
+        self._out.extend([Send(room.members(), frame)] if room.members() else [])
+        room.append(frame, now)
+        room.charge(growth)
+        room.head = new
+        room.taken[new.ch] = no
+        if len(room.taken) > MAX_CHAIN:
+            del room.taken[next(iter(room.taken))]
+        self._reseat(room, new, no - 1, now)
+        self._settle(room, new)
+        for peer in [peer for dev, peer in room.newcomers.items() if dev in room.seats and peer is not by]:
+            peer.inv_id = None
+            self._tell(peer, DownUnit(new.data))
+        self._answer_newcomers(room)
+        return no
+
+    def _reseat(self, room: Room, new: Head, before: int, now: float) -> None:
+        seats, left = {}, []
+        for dev in new.listing.devices:
+            seats[dev] = room.seats.get(dev) or Seat(before)
+        for dev, seat in room.seats.items():
+            if dev not in seats:
+                room.empty_seat(seat)
+                left.append(seat.peer)
+        room.seats, room.live = seats, None
+        self._acked.add(room)
+        for peer in left:
+            if peer:
+                self._send(room.members(), DownPeer(peer.dev, 0))
+                self._turn_away(peer, "this device is no longer listed", now)
+
+    def _settle(self, room: Room, new: Head) -> None:
+        listing = new.listing
+        room.resyncs.keep(lambda _, __: False)
+        room.leaves.keep(lambda dev, _: dev in listing.devices)
+        room.requests.keep(lambda _, asked: not self._settled(listing, asked) and asked.request.kind != SPLIT)
+        room.evidence.keep(
+            lambda _, proof: not (proof.gone.keys() <= listing.gone.keys() and proof.weight <= listing.weight)
+        )
+        room.invites.keep(lambda _, invite: not self._ended(room, invite[0]))
+        for dev, join in [(dev, join) for dev, (join, _) in room.joins.items.items()]:
+            used = listing.consumed.get(join.inv_id)
+            if dev in listing.devices:
+                room.joins.drop(dev)
+            elif used or dev in listing.gone or join.inv_id not in room.invites:
+                self._settle_join(room, dev, LINK_USED if used else BY_DECISION if dev in listing.gone else LINK_OVER)
+        for key in [key for key, file in room.files.items() if not room.wanted_by(key, file)]:
+            self._end_file(room, key)
+
+    def _settled(self, listing: Listing, asked: Asked) -> bool:
+        if asked.request.dev not in listing.devices:
+            return True
+        if asked.request.kind == LINK:
+            return all(dev in listing.devices or dev in listing.gone for dev in asked.devs)
+        return bool(asked.devs) and all(dev in listing.gone for dev in asked.devs)
+
+    def _charted(self, room: Room) -> Head:
+        if room.head is None:
+            raise PeerFault("refused", "demo room has no roster")
+        return room.head
+
+    # ── newcomers ────────────────────────────────────────────────────────────────────────────────────────────────
+    def _ended(self, room: Room, invite: Invite) -> str:
+        """Why an invite is of no more use: `used`, `over`, or nothing."""
+        listing = self._charted(room).listing
+        used, revoke = listing.consumed.get(invite.inv_id), room.revokes.get(invite.inv_id)
+        if used:
+            return "used"
+        revoked = revoke and (revoke[0].dev == invite.dev or revoke[0].dev in listing.admins)
+        by = listing.admins if invite.kind == 0 else listing.devices
+        dead = invite.dev not in by or invite.dev not in listing.devices
+        return (
+            "over"
+            if revoked or dead or invite.expiry <= self._wall() or (invite.charter_no < listing.charter.invites_from)
+            else ""
+        )
+
+    def _open_invite(self, room: Room, inv_id: bytes) -> tuple[Invite, Signed]:
+        """The invite, where it can still be used; raises what a newcomer is told."""
+        if room.head is None:
+            raise PeerFault("unknown", "room is not known here: a member brings it back")
+        held = room.invites.get(inv_id)
+        if inv_id in room.head.listing.consumed:
+            raise PeerFault("used", "invite was used")
+        if held is None and inv_id in room.revokes:
+            raise PeerFault("over", "invite was revoked")
+        if held is None:
+            raise PeerFault("no-invite", "invite is not known here: the one who made it brings it back")
+        if self._ended(room, held[0]):
+            raise PeerFault("over", "invite is over")
+        return held
+
+    def _readers(self, room: Room, invite: Invite) -> set[bytes]:
+        """Devices that a join on this invite is sealed to."""
+        admins = {dev for dev in self._charted(room).listing.admins if dev in room.seats}
+        return admins | {invite.dev}
+
+    def _look_up(self, room: Room, inv_id: bytes) -> DownInvite:
+        invite, signed = self._open_invite(room, inv_id)
+        found = [room.leaves.get(dev) for dev in sorted(self._readers(room, invite))]
+        leaves = tuple(leaf[1] for leaf in found if leaf)
+        if not leaves:
+            raise PeerFault("no-invite", "no admin's leaf is known here: the next admin to come brings it")
+        proof = self._charted(room).listing.proof
+        return DownInvite(proof.charter, proof.roster, leaves, signed)
+
+    def _fetch(self, peer: Peer, frame: UpFetch, now: float) -> None:
+        room = peer.room
+        if peer.dev in room.seats and room.head:
+            self._tell(peer, DownUnit(room.head.data))
+            return
+        try:
+            self._tell(peer, self._look_up(room, frame.inv_id))
+            peer.inv_id = None
+        except PeerFault as fault:
+            peer.inv_id = frame.inv_id if fault.code in ("unknown", "no-invite") else None
+            raise
+
+    def _answer_newcomers(self, room: Room) -> None:
+        for peer, inv_id in [(peer, peer.inv_id) for peer in room.newcomers.values()]:
+            if inv_id is None:
+                continue
+            try:
+                self._tell(peer, self._look_up(room, inv_id))
+                peer.inv_id = None
+            except PeerFault as fault:
+                if fault.code not in ("unknown", "no-invite"):
+                    peer.inv_id = None
+                    self._tell_fault(peer, fault)
+
+    def _join(self, peer: Peer, frame: UpJoin, now: float) -> None:
+        room = peer.room
+        if peer.dev in room.seats and room.head:
+            self._tell(peer, DownUnit(room.head.data))
+            return
+        invite, _ = self._open_invite(room, frame.inv_id)
+        readers = self._readers(room, invite)
+        sealed = {each.dev: each.ct for each in frame.sealed if each.dev in readers}
+        if peer.dev in self._charted(room).listing.gone:
+            raise PeerFault("refused", "this device was removed; a new one may join")
+        if not sealed:
+            raise PeerFault("stale", "join is sealed to no admin of today")
+        if any(len(ct) > self._limits.max_sealed for ct in sealed.values()):
+            raise PeerFault("too-big", "join is larger than this relay takes")
+        rivals = sum(join.inv_id == frame.inv_id for dev, (join, _) in room.joins.items.items() if dev != peer.dev)
+        if rivals >= self._limits.joins_an_invite:
+            raise PeerFault("busy", "too many try this invite", self._limits.full_retry_ms)
+        room.joins.check(peer.dev, "joins")
+        size = sum(map(len, sealed.values()))
+        self._shelve(room, room.joins, peer.dev, Join(peer.sigpub, frame.inv_id, sealed, now), size, now)
+        for dev, ct in sealed.items():
+            seat = room.seats.get(dev)
+            if seat and seat.peer:
+                self._tell(seat.peer, DownJoins((PendingJoin(peer.dev, peer.sigpub, frame.inv_id, ct),)))
+
+    def _settle_join(self, room: Room, dev: bytes, code: int) -> None:
+        room.joins.drop(dev)
+        newcomer = room.newcomers.get(dev)
+        if newcomer:
+            self._tell(newcomer, DownSettled(dev, code))
+
+    def _refuse(self, peer: Peer, frame: UpRefuse, now: float) -> None:
+        join = peer.room.joins.get(frame.dev)
+        if frame.code not in (BY_DECISION, LINK_USED, LINK_OVER):
+            raise Bad("refusal has an unknown code")
+        if join and peer.dev not in join.sealed:
+            raise PeerFault("refused", "only those a join is sealed to refuse it")
+        if join:
+            self._settle_join(peer.room, frame.dev, frame.code)
+
+    # ── the log, and what passes by ──────────────────────────────────────────────────────────────────────────────
+    def _under_head(self, room: Room, epoch: int | None, ch: bytes) -> None:
+        want = (room.head.commit.epoch, room.head.ch) if room.head else (0, ZERO32)
+        if ch != want[1] or epoch not in (None, want[0]):
+            raise PeerFault("stale", "head has moved on")
+
+    def _fits(self, ct: bytes) -> None:
+        if len(ct) > self._limits.max_envelope:
+            raise PeerFault("too-big", "envelope is larger than this relay takes")
+
+    def _post(self, peer: Peer, frame: UpPost, now: float) -> None:
+        room = peer.room
+        self._under_head(room, frame.epoch, frame.ch)
+        self._fits(frame.ct)
+        no = room.next
+        entry = encode_frame(DownEvent(no, 1, peer.dev, frame.epoch, frame.ch, frame.ct))
+        self._afford(room, room.cost(entry), now)
+        room.append(entry, now)
+        self._out.append(Send(room.members(), entry))
+        self._tell(peer, DownSent(frame.ref, no))
+
+    def _live(self, peer: Peer, frame: UpLive, now: float) -> None:
+        self._under_head(peer.room, frame.epoch, frame.ch)
+        self._fits(frame.ct)
+        if frame.type not in (SEEN, PRESENCE):
+            raise Bad("live envelope is of an unknown type")
+        self._send(peer.room.others(peer), DownLive(frame.type, peer.dev, frame.epoch, frame.ch, frame.ct))
+
+    def _ack(self, peer: Peer, frame: UpAck, now: float) -> None:
+        room = peer.room
+        seat = room.seats[peer.dev]
+        if frame.run == self._run and seat.cursor < frame.no < room.next:
+            seat.cursor = frame.no
+            self._acked.add(room)
+
+    # ── directs ──────────────────────────────────────────────────────────────────────────────────────────────────
+    def _direct(self, peer: Peer, frame: UpDirect, now: float) -> None:
+        self._charted(peer.room)
+        self._under_head(peer.room, None, frame.ch)
+        self._hold(peer, frame.to, DIRECT, frame.ch, frame.leaf_no, frame.ct, now)
+        self._tell(peer, DownSent(frame.ref, 0))
+
+    def _welcome(self, peer: Peer, frame: UpWelcome, now: float) -> None:
+        if peer.dev not in self._charted(peer.room).listing.admins:
+            raise PeerFault("refused", "welcomes are for admins to send")
+        self._hold(peer, frame.to, WELCOME, ZERO32, 0, frame.ct, now)
+        self._tell(peer, DownSent(frame.ref, 0))
+
+    def _share(self, peer: Peer, frame: UpShare, now: float) -> None:
+        listing = self._charted(peer.room).listing
+        if frame.to not in listing.admins:
+            raise PeerFault("stale", "shares go to admins")
+        digest = hashlib.sha256(frame.ct).digest()
+        m = encode(Share(peer.room.id, peer.dev, frame.to, frame.inv_id, frame.charter_no, digest))
+        self._verifier.signature(peer.sigpub, "share", m, frame.sig)
+        content = encode(ShareContent(frame.inv_id, frame.charter_no, frame.ct, frame.sig))
+        self._hold(peer, frame.to, SHARE, ZERO32, 0, content, now)
+        self._tell(peer, DownSent(frame.ref, 0))
+
+    def _hold(self, peer: Peer, to: bytes, kind: int, ch: bytes, leaf_no: int, ct: bytes, now: float) -> None:
+        """Keeps a direct until its device says it has it. Of those of kind 1 the earliest go when there are too many:
+        vectors ask for their content again."""
+        room, limits = peer.room, self._limits
+        seat = room.seats.get(to)
+        if seat is None:
+            raise PeerFault("stale", "recipient is not listed")
+        self._fits(ct)
+        frame = encode_frame(DownDirect(self._tid + 1, kind, peer.dev, ch, leaf_no, ct))
+        cost, waiting = room.cost(frame), seat.directs or {}
+        short, many = seat.direct_bytes + cost - limits.direct_bytes, len(waiting) + 1 - limits.directs
+        going = []
+        for tid, (old, _, held) in waiting.items():
+            if old == DIRECT and (short > 0 or many > 0):
+                going.append(tid)
+                short, many = short - room.cost(held), many - 1
+        if short > 0 or many > 0:
+            raise Full("too much waits for that device", limits.full_retry_ms)
+        self._afford(room, cost, now)
+        for tid in going:
+            room.drop_direct(seat, tid)
+        self._tid += 1
+        seat.directs = seat.directs or {}
+        seat.directs[self._tid] = kind, now, frame
+        seat.direct_bytes += cost
+        room.charge(cost)
+        if seat.peer:
+            self._out.append(Send((seat.peer.conn,), frame))
+
+    def _dack(self, peer: Peer, frame: UpDack, now: float) -> None:
+        seat = peer.room.seats[peer.dev]
+        for tid in frame.tids:
+            peer.room.drop_direct(seat, tid)
+
+    # ── signed objects that members show ─────────────────────────────────────────────────────────────────────────
+    def _listed(self, room: Room, of: bytes, dev: bytes, what: str) -> Listed:
+        must(of == room.id, f"{what} is of another room")
+        found = self._charted(room).listing.devices.get(dev)
+        if found is None:
+            raise Forged(f"{what} is of an unlisted device")
+        return found
+
+    def _leaf(self, peer: Peer, frame: UpLeaf, now: float) -> None:
+        leaf = decode(Leaf, frame.leaf.m)
+        must(leaf.sigpub == peer.sigpub, "leaf is of another device")
+        self._take_leaf(peer, frame.leaf, now)
+
+    def _take_leaf(self, peer: Peer, signed: Signed, now: float) -> None:
+        room, leaf = peer.room, decode(Leaf, signed.m)
+        dev = device_id(room.id, leaf.sigpub)
+        self._listed(room, leaf.room, dev, "leaf")
+        held = room.leaves.get(dev)
+        if held and held[0].leaf_no >= leaf.leaf_no:
+            return
+        must(on_curve(leaf.kempub), "leaf key is not on the curve")
+        self._verifier.signature(leaf.sigpub, "leaf", signed.m, signed.sig)
+        self._shelve(room, room.leaves, dev, (leaf, signed), len(signed.m), now)
+        self._send(room.others(peer), DownLeaves((signed,)))
+
+    def _resync(self, peer: Peer, frame: UpResync, now: float) -> None:
+        room, signed = peer.room, frame.resync
+        head, seat = self._charted(room), room.seats[peer.dev]
+        resync = decode(Resync, signed.m)
+        leaf = decode(Leaf, resync.leaf)
+        must(resync.room == leaf.room == room.id and leaf.sigpub == peer.sigpub, "resync is of another device")
+        must(on_curve(leaf.kempub), "leaf key is not on the curve")
+        slot = head.slots.get(peer.dev)
+        must(slot is None or leaf.leaf_no > slot.leaf_no, "resync shows a leaf that was used")
+        self._verifier.signature(peer.sigpub, "resync", signed.m, signed.sig)
+        self._under_head(room, None, resync.head)
+        wait = seat.resynced + self._limits.resync_seconds - now
+        if wait > 0:
+            raise PeerFault("slow", "resyncs come too fast", int(wait * 1000) + 1)
+        self._shelve(room, room.resyncs, peer.dev, signed, len(signed.m), now)
+        seat.resynced = now
+        self._send(room.others(peer), DownResyncs((signed,)))
+
+    def _request(self, peer: Peer, frame: UpRequest, now: float) -> None:
+        self._take_request(peer, frame.request, now)
+
+    def _take_request(self, peer: Peer, signed: Signed, now: float) -> None:
+        room, request, limits = peer.room, decode(Request, signed.m), self._limits
+        listed = self._listed(room, request.room, request.dev, "request")
+        self._verifier.signature(listed.sigpub, "request", signed.m, signed.sig)
+        asked = Asked(request, signed, self._about(room, request, listed))
+        name = Hl("request", signed.m)
+        if name in room.requests:
+            return
+        if request.expiry <= self._wall():
+            raise PeerFault("over", "request has expired")
+        if request.kind != SPLIT and self._settled(self._charted(room).listing, asked):
+            raise PeerFault("refused", "request was settled")
+        if sum(each.request.dev == request.dev for each in room.requests.values()) >= limits.requests_a_device:
+            raise Full("too many requests of this device", limits.full_retry_ms)
+        room.requests.check(name, "requests")
+        self._shelve(room, room.requests, name, asked, len(signed.m), now)
+        self._send(room.others(peer), DownRequests((signed,)))
+        if request.kind in (UNLINK, LEAVE):
+            for dev in asked.devs - {request.dev}:
+                seat = room.seats.get(dev)
+                if seat and seat.peer:
+                    self._turn_away(seat.peer, "this device was unlinked", now)
+
+    def _about(self, room: Room, request: Request, by: Listed) -> frozenset[bytes]:
+        """The devices a request is about: a new one, or some of its own member's."""
+        listing = self._charted(room).listing
+        if request.kind == LINK:
+            leaf = decode(Leaf, decode(LinkBody, request.body).leaf)
+            must(leaf.room == room.id, "request links a device of another room")
+            return frozenset({device_id(room.id, leaf.sigpub)})
+        if request.kind in (UNLINK, LEAVE):
+            devs = frozenset(last.dev for last in decode(LastBody, request.body).lasts)
+            homes = [listing.devices.get(dev) or listing.gone.get(dev) for dev in devs]
+            must(
+                bool(devs) and all(home and home.member == by.member for home in homes),
+                "request removes another's device",
+            )
+            return devs
+        if request.kind == SPLIT and len(request.body) == 32:
+            return frozenset()
+        raise Bad("request is of an unknown kind")
+
+    def _invite(self, peer: Peer, frame: UpInvite, now: float) -> None:
+        self._take_invite(peer, frame.invite, now)
+        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer_newcomers(peer.room)
+
+    def _take_invite(self, peer: Peer, signed: Signed, now: float) -> None:
+        room, invite = peer.room, decode(Invite, signed.m)
+        listed = self._listed(room, invite.room, invite.dev, "invite")
+        self._verifier.signature(listed.sigpub, "invite", signed.m, signed.sig)
+        if invite.kind > 1 or invite.uses != 1 or invite.inv_id == ZERO16:
+            raise Bad("invite is of an unknown kind or has more than one use")
+        must(invite.charter_no <= self._charted(room).listing.charter.no, "invite is of a charter to come")
+        ended = self._ended(room, invite)
+        if ended:
+            raise PeerFault(ended, "invite was used" if ended == "used" else "invite is over")
+        held = room.invites.get(invite.inv_id)
+        if held and held[1].m != signed.m:
+            raise PeerFault("refused", "another invite has this id")
+        if held is None:
+            room.invites.check(invite.inv_id, "invites")
+            self._shelve(room, room.invites, invite.inv_id, (invite, signed), len(signed.m), now)
+
+    def _revoke(self, peer: Peer, frame: UpRevoke, now: float) -> None:
+        self._take_revoke(peer, frame.revoke, now)
+        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer_newcomers(peer.room)
+
+    def _take_revoke(self, peer: Peer, signed: Signed, now: float) -> None:
+        room, revoke = peer.room, decode(Revoke, signed.m)
+        listed = self._listed(room, revoke.room, revoke.dev, "revoke")
+        self._verifier.signature(listed.sigpub, "revoke", signed.m, signed.sig)
+        held, admin = room.invites.get(revoke.inv_id), revoke.dev in self._charted(room).listing.admins
+        before = room.revokes.get(revoke.inv_id)
+        if held and not admin and held[0].dev != revoke.dev:
+            raise PeerFault("refused", "invite is another's")
+        if before and (before[0].dev == revoke.dev or not admin):
+            return
+        self._shelve(room, room.revokes, revoke.inv_id, (revoke, signed), len(signed.m), now)
+        if len(room.revokes) > self._limits.invites:
+            room.revokes.drop(next(iter(room.revokes.items)))
+        room.invites.drop(revoke.inv_id)
+        for dev in [dev for dev, (join, _) in room.joins.items.items() if join.inv_id == revoke.inv_id]:
+            self._settle_join(room, dev, LINK_OVER)
+
+    def _evidence(self, peer: Peer, frame: UpEvidence, now: float) -> None:
+        self._take_evidence(peer, Proof(frame.charter, frame.roster), now)
+
+    def _take_evidence(self, peer: Peer, proof: Proof, now: float) -> None:
+        """Keeps a roster that removed devices the head still lacks in `gone`, or that outweighs it. Beyond the places
+        there are, the lightest goes."""
+        room = peer.room
+        listing, head = self._verifier.listing(room.id, proof), self._charted(room).listing
+        if listing.roster_hash in room.evidence:
+            return
+        if listing.gone.keys() <= head.gone.keys() and listing.weight <= head.weight:
+            return
+        lightest = min(room.evidence.values(), key=lambda each: each.weight, default=None)
+        crowded = len(room.evidence) >= self._limits.evidence
+        if crowded and lightest and lightest.weight > listing.weight:
+            raise Full("too much evidence in this room", self._limits.full_retry_ms)
+        size = len(proof.charter.m) + len(proof.roster.m)
+        self._shelve(room, room.evidence, listing.roster_hash, listing, size, now)
+        if crowded and lightest:
+            room.evidence.drop(lightest.roster_hash)
+        self._send(room.others(peer), DownEvidence((proof,)))
+
+    # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _put(self, peer: Peer, frame: UpPut, now: float) -> None:
+        room, key, limits = peer.room, (peer.dev, frame.file_id), self._limits
+        file, cost = room.files.get(key), len(frame.ct) + limits.overhead
+        if frame.index >= frame.count or (file and file.count != frame.count):
+            raise Bad("chunk is beyond its file")
+        if file and frame.index in file.chunks:
+            self._tell(peer, DownSent(frame.ref, 0))
+            return
+        largest = limits.demo_file if room.demo else limits.max_file
+        size = (file.size if file else 0) + len(frame.ct)
+        if size > largest + (largest >> 12) + 64:  # tags take 1/16,384 and the header 40 bytes
+            raise PeerFault("too-big", "file is larger than this relay keeps")
+        self._fits(frame.ct)
+        if file is None and len(room.files) >= limits.files:
+            raise Full("too many files in this room", limits.full_retry_ms)
+        self._afford(room, cost + (0 if file else limits.overhead), now, limits.file_share)
+        if file is None:
+            file = room.files[key] = File(frame.count, now)
+            room.charge(limits.overhead)
+        chunk = encode_frame(DownChunk(peer.dev, frame.file_id, frame.index, frame.count, frame.ct))
+        file.chunks[frame.index], file.size = chunk, size
+        room.charge(cost)
+        self._tell(peer, DownSent(frame.ref, 0))
+        self._feed(file, frame.index)
+
+    def _feed(self, file: File, index: int) -> None:
+        """The chunk that came goes to all that wait for it in one effect; then each gets what it may have beyond."""
+        ready = [peer for peer, (at, _) in file.waits.items() if at == index]
+        if ready:
+            self._out.append(Send(tuple(peer.conn for peer in ready), file.chunks[index]))
+        for peer in ready:
+            _, until = file.waits.pop(peer)
+            self._stream(peer, file, index + 1, until)
+
+    def _stream(self, peer: Peer, file: File, at: int, until: int) -> None:
+        while at < until and at in file.chunks:
+            self._out.append(Send((peer.conn,), file.chunks[at]))
+            at += 1
+        if at < until:
+            file.waits[peer] = at, until
+
+    def _get(self, peer: Peer, frame: UpGet, now: float) -> None:
+        file = peer.room.files.get((frame.dev, frame.file_id))
+        if file is None:
+            self._tell(peer, DownNoFile(frame.dev, frame.file_id))
+            return
+        file.waits.pop(peer, None)
+        window = min(frame.window, self._limits.file_window)
+        self._stream(peer, file, frame.from_, min(frame.from_ + window, file.count))
+
+    def _got(self, peer: Peer, frame: UpGot, now: float) -> None:
+        room, key = peer.room, (frame.dev, frame.file_id)
+        file = room.files.get(key)
+        if file and len(file.chunks) == file.count and not room.demo:
+            file.got.add(peer.dev)
+            if not room.wanted_by(key, file):
+                self._end_file(room, key)
+
+    def _drop(self, peer: Peer, frame: UpDrop, now: float) -> None:
+        self._end_file(peer.room, (peer.dev, frame.file_id))
+
+    def _end_file(self, room: Room, key: tuple[bytes, bytes]) -> None:
+        file = room.drop_file(key)
+        self._send(tuple(peer.conn for peer in file.waits) if file else (), DownNoFile(*key))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# Errors of the operator: what the person who starts the relay can put right. Told in one line on stderr, exit 2.
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+class OperatorFault(Exception):
+    """The relay cannot start, or goes on with what it had. The message says what is wrong and what to do."""
