@@ -2641,3 +2641,346 @@ class Rooms:
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 class OperatorFault(Exception):
     """The relay cannot start, or goes on with what it had. The message says what is wrong and what to do."""
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# Page: index.html as it is served, and the answer to every request that is not a socket. Reads one file, once; bytes
+# in, bytes out. Nothing is filled into the page, so that the SHA-256 printed at start is that of what browsers get.
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+HOST = re.compile(r"[A-Za-z0-9.\-\[\]:]{1,255}")
+REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
+FIELD_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
+INLINE_BLOCK = re.compile(rb"<(script|style)\b[^>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
+SAFETY = {
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(self), geolocation=()",
+    "Cache-Control": "no-cache",
+}
+BARE_POLICY = "default-src 'none'; frame-ancestors 'none'"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """The head of a request; `fields` by lower-case name, a repeated one joined by commas."""
+
+    method: str
+    target: str
+    fields: Mapping[str, str]
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+    @property
+    def host(self) -> str:
+        """The Host field, or nothing where it could not be put into a header or an address."""
+        host = self.fields.get("host", "")
+        return host if HOST.fullmatch(host) else ""
+
+    @property
+    def wants_socket(self) -> bool:
+        upgrade = self.fields.get("upgrade", "").lower()
+        return self.method == "GET" and upgrade == "websocket" and self.path.startswith("/ws/")
+
+
+def parse_request(head: bytes) -> HttpRequest | None:
+    """A request head up to and with its empty line; None where it is not one."""
+    line, *rest = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
+    asked = REQUEST_LINE.fullmatch(line)
+    fields: dict[str, str] = {}
+    for each in rest:
+        field = FIELD_LINE.fullmatch(each)
+        if field is None:
+            return None
+        name, value = field[1].lower(), field[2]
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return HttpRequest(asked[1], asked[2], fields) if asked else None
+
+
+def respond(status: str, fields: Mapping[str, str], body: bytes, head_only: bool = False) -> bytes:
+    """A whole response; the connection ends with it."""
+    named = {
+        "Date": email.utils.formatdate(usegmt=True),
+        **SAFETY,
+        "Content-Security-Policy": BARE_POLICY,
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **fields,
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in named.items())
+    return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1") + (b"" if head_only else body)
+
+
+def respond_text(status: str, text: str, head_only: bool = False, **fields: str) -> bytes:
+    return respond(status, {"Content-Type": "text/plain; charset=utf-8", **fields}, f"{text}\n".encode(), head_only)
+
+
+def accepts_gzip(field: str) -> bool:
+    for offer in field.split(","):
+        coding, _, weight = offer.partition(";")
+        if coding.strip().lower() == "gzip":
+            return not re.fullmatch(r"\s*q=0(\.0*)?\s*", weight)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """index.html: its bytes, the same compressed, their SHA-256 in hex, and the sources its policy allows."""
+
+    body: bytes
+    packed: bytes
+    sha256: str
+    policy: str
+
+    @classmethod
+    def of(cls, raw: bytes) -> Page:
+        # Browsers hash inline blocks after turning CR LF into LF: what is hashed and served must have that form.
+        body = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        sources: dict[str, list[str]] = {"script": [], "style": []}
+        for kind, block in INLINE_BLOCK.findall(body):
+            digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
+            sources[kind.decode().lower()].append(f"'sha256-{digest}'")
+        allowed = {kind: " ".join(hashes) or "'none'" for kind, hashes in sources.items()}
+        policy = (
+            f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; "
+            "img-src 'self' blob: data:; media-src blob:; connect-src 'self'{socket}; manifest-src 'self'; "
+            "worker-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
+            "require-trusted-types-for 'script'; trusted-types 'none'"
+        )
+        return cls(body, gzip.compress(body, 9, mtime=0), hashlib.sha256(body).hexdigest(), policy)
+
+    @classmethod
+    def load(cls, path: Path) -> Page:
+        """Raises OperatorFault where there is no page to read."""
+        try:
+            return cls.of(path.read_bytes())
+        except OSError as error:
+            raise OperatorFault(
+                f"page {path} cannot be read ({error.strerror}): put index.html there or name it with --page"
+            ) from None
+
+    def answer(self, request: HttpRequest | None) -> bytes:
+        """The response to a request that opens no socket."""
+        if request is None:
+            return respond_text("400 Bad Request", "this is not an HTTP/1.1 request")
+        head_only = request.method == "HEAD"
+        if request.method not in ("GET", "HEAD"):
+            return respond_text("405 Method Not Allowed", "only GET and HEAD are answered", Allow="GET, HEAD")
+        if request.path == "/healthz":
+            return respond_text("200 OK", "ok", head_only)
+        if not request.host:
+            return respond_text("400 Bad Request", "the Host field is missing or malformed", head_only)
+        if request.path == "/":
+            return self._page(request, head_only)
+        if request.path.startswith("/ws/"):
+            return respond_text(
+                "426 Upgrade Required", "rooms are reached through a WebSocket", head_only, Upgrade="websocket"
+            )
+        return respond_text("404 Not Found", "there is nothing here: the page is at /", head_only)
+
+    def _page(self, request: HttpRequest, head_only: bool) -> bytes:
+        # Older Safari leaves wss out of 'self'; a bracketed address is no host-source, so it stands on 'self' alone.
+        socket_source = "" if "[" in request.host else f" wss://{request.host}"
+        tag = f'W/"{self.sha256[:32]}"'
+        fields = {
+            "Content-Security-Policy": self.policy.replace("{socket}", socket_source),
+            "ETag": tag,
+            "Vary": "Accept-Encoding",
+        }
+        known = [each.strip() for each in request.fields.get("if-none-match", "").split(",")]
+        if tag in known or "*" in known:
+            return respond("304 Not Modified", fields, self.body, head_only=True)
+        fields["Content-Type"] = "text/html; charset=utf-8"
+        if accepts_gzip(request.fields.get("accept-encoding", "")):
+            return respond("200 OK", {**fields, "Content-Encoding": "gzip"}, self.packed, head_only)
+        return respond("200 OK", fields, self.body, head_only)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+# Certificate: the relay's TLS key and certificate and its identity key. The only room that writes files: three, each
+# 0600 and whole or not there. The TLS key outlives its certificates, the identity outlives both: clients pin it.
+# ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+TLS_KEY, TLS_CERT, IDENTITY_KEY = "tls-key.pem", "tls-cert.pem", "relay-identity.pem"
+CERT_LIFE = datetime.timedelta(days=825)  # beyond it Apple's systems refuse a leaf
+CERT_RENEWAL = datetime.timedelta(days=30)  # left when the next one is made: relays are restarted more often than that
+
+
+class RelayIdentity:
+    """The relay's long-lived ECDSA P-256 key, by which rooms know it again under another certificate."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
+        self._key = key
+        self.public = key.public_key().public_bytes(
+            serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint
+        )
+
+    def sign(self, label: str, m: bytes) -> bytes:
+        """r || s, 64 bytes, over E(label, m)."""
+        r, s = decode_dss_signature(self._key.sign(enc(label, m), ec.ECDSA(hashes.SHA256())))
+        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+
+def is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def build_certificate(
+    key: ec.EllipticCurvePrivateKey, names: Iterable[str], now: datetime.datetime
+) -> x509.Certificate:
+    """A self-signed server certificate over addresses and host names, valid from a day ago: clocks differ."""
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ZeroSecretRoom relay")])
+    alternatives: list[x509.GeneralName] = [
+        x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name) for name in sorted(names)
+    ]
+    start = now - datetime.timedelta(days=1)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + CERT_LIFE)
+        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(
+            x509.KeyUsage(
+                digital_signature=True,
+                content_commitment=False,
+                key_encipherment=False,
+                data_encipherment=False,
+                key_agreement=False,
+                key_cert_sign=False,
+                crl_sign=False,
+                encipher_only=False,
+                decipher_only=False,
+            ),
+            critical=True,
+        )
+        .sign(key, hashes.SHA256())
+    )
+
+
+def certificate_names(certificate: x509.Certificate) -> frozenset[str]:
+    """The addresses and host names a certificate is for; a wildcard names no host."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return frozenset()
+    hosts = [name.lower() for name in names.get_values_for_type(x509.DNSName) if "*" not in name]
+    return frozenset(hosts + [str(address) for address in names.get_values_for_type(x509.IPAddress)])
+
+
+def still_serves(
+    certificate: x509.Certificate, public: ec.EllipticCurvePublicKey, names: Iterable[str], now: datetime.datetime
+) -> bool:
+    """Whether a kept certificate is of this key, covers these names and does not end soon."""
+    return (
+        certificate.public_key() == public
+        and frozenset(names) <= certificate_names(certificate)
+        and now < certificate.not_valid_after_utc - CERT_RENEWAL
+    )
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 as browsers show it."""
+    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+
+
+def open_state(path: Path) -> Path:
+    """The state directory, made where it is missing."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.joinpath(TLS_KEY).exists()
+    except OSError as error:
+        raise OperatorFault(
+            f"state directory {path} cannot be used ({error.strerror}): name another with --state-dir"
+        ) from None
+    return path
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """A file that only its owner reads, whole or not there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OperatorFault(
+            f"{path} cannot be written ({error.strerror}): make room there or use --state-dir"
+        ) from None
+
+
+def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The P-256 key in a file, made at the first start. One that others may read is closed to them."""
+    try:
+        path.chmod(0o600)
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except FileNotFoundError:
+        key = ec.generate_private_key(ec.SECP256R1())
+        write_private(
+            path,
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ),
+        )
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise OperatorFault(f"{path} is not a readable P-256 key: restore it, or delete it and clients will be warned")
+    return key
+
+
+def load_or_make_certificate(state: Path, names: Iterable[str], now: datetime.datetime) -> x509.Certificate:
+    """The self-signed certificate of a state directory, renewed with the same key when it no longer serves."""
+    key, path = load_or_make_key(state / TLS_KEY), state / TLS_CERT
+    with suppress(OSError, ValueError):
+        kept = x509.load_pem_x509_certificate(path.read_bytes())
+        if still_serves(kept, key.public_key(), names, now):
+            return kept
+    certificate = build_certificate(key, names, now)
+    write_private(path, certificate.public_bytes(serialization.Encoding.PEM))
+    return certificate
+
+
+def load_certificate(path: Path) -> x509.Certificate:
+    """The operator's leaf certificate, the first of its chain."""
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())[0]
+    except (OSError, ValueError) as error:
+        raise OperatorFault(
+            f"certificate {path} cannot be read ({error}): --cert takes a PEM chain, leaf first"
+        ) from None
+
+
+def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
+    """A context made anew from two PEM files, so that a failed reload leaves the one in use as it was."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.num_tickets = 0  # a resumption key in memory would outlive the session it opens
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (OSError, ValueError) as error:
+        raise OperatorFault(
+            f"{cert} and {key} do not load ({error}): they must be a PEM chain and its unencrypted key"
+        ) from None
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted")  # otherwise OpenSSL would ask on the terminal
