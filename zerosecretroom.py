@@ -2616,9 +2616,11 @@ class Rooms:
         if file is None:
             self._tell(peer, DownNoFile(frame.dev, frame.file_id))
             return
-        file.waits.pop(peer, None)
         window = min(frame.window, self._limits.file_window)
-        self._stream(peer, file, frame.from_, min(frame.from_ + window, file.count))
+        at, until = file.waits.pop(peer, (frame.from_, frame.from_))
+        if until != frame.from_ or until - at > window:  # asked anew, not on from where the last answer will end
+            at = frame.from_
+        self._stream(peer, file, at, min(frame.from_ + window, file.count))
 
     def _got(self, peer: Peer, frame: UpGot, now: float) -> None:
         room, key = peer.room, (frame.dev, frame.file_id)
