@@ -9587,6 +9587,8 @@ class LoadClient(asyncio.Protocol):
         start, size = 2, self.data[1] & 127
         if size > 125:
             start = 4 if size == 126 else 10
+            if len(self.data) < start:
+                return b""
             size = int.from_bytes(self.data[2:start], "big")
         if len(self.data) < max(start, start + size):
             return b""

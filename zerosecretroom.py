@@ -64,6 +64,7 @@ import hashlib
 import ipaddress
 import itertools
 import logging
+import operator
 import os
 import re
 import signal
@@ -339,6 +340,67 @@ class Record:
         return b"".join([before, *parts])
 
 
+@dataclass(frozen=True, slots=True)
+class Flat(Record):
+    """A record of numbers and fixed bytes, and at most one variable field at its end: read and written in one go, since
+    each post and each delivery is one."""
+
+    values: Callable[[Any], tuple[Any, ...]]
+    layout: struct.Struct
+    sizes: tuple[tuple[int, int], ...]  # of the fixed bytes, by place: a Struct would cut or fill them up
+    wide: tuple[int, ...]  # places of u64
+    tail: bool
+
+    def read(self, reader: Reader) -> Any:
+        start = reader.at
+        reader.at = end = start + self.layout.size
+        if end > len(reader.data):
+            raise Bad("message ends too early")
+        values = self.layout.unpack_from(reader.data, start)
+        for place in self.wide:
+            if values[place] > MAX_UINT:
+                raise Bad("number above 2^53")
+        return self.shape(*values[:-1], reader.take(values[-1])) if self.tail else self.shape(*values)
+
+    def write(self, value: Any, before: bytes = b"") -> bytes:
+        values = self.values(value)
+        for place, size in self.sizes:
+            if len(values[place]) != size:
+                raise Bad(f"field is not {size} bytes")
+        for place in self.wide:
+            if values[place] > MAX_UINT:
+                raise Bad("number out of range")
+        tail = values[-1] if self.tail else b""
+        try:
+            head = self.layout.pack(*values[:-1], len(tail)) if self.tail else self.layout.pack(*values)
+        except struct.error:
+            raise Bad("number out of range") from None
+        return b"".join([before, head, tail])
+
+
+UINTS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+def flat_of(shape: type[Any], names: tuple[str, ...], codecs: tuple[Codec, ...]) -> Flat | None:
+    """The fast layout of a record that has one."""
+    tail = bool(codecs) and codecs[-1] == Var(4)
+    fixed = codecs[:-1] if tail else codecs
+    plain = [each for each in fixed if isinstance(each, Uint | Fixed)]
+    if len(plain) != len(fixed) or len(names) < 2:
+        return None
+    form = "".join(UINTS[each.size] if isinstance(each, Uint) else f"{each.size}s" for each in plain)
+    return Flat(
+        shape,
+        names,
+        codecs,
+        operator.attrgetter(*names),
+        struct.Struct(">" + form + "I" * tail),
+        tuple((place, each.size) for place, each in enumerate(plain) if isinstance(each, Fixed)),
+        tuple(place for place, each in enumerate(plain) if each == Uint(8)),
+        tail,
+    )
+
+
 U8 = Annotated[int, Uint(1)]
 U16 = Annotated[int, Uint(2)]
 U32 = Annotated[int, Uint(4)]
@@ -370,7 +432,8 @@ def record_of(shape: type[Any]) -> Record:
     if found is None:
         hints = get_type_hints(shape, include_extras=True)
         names = tuple(field.name for field in fields(shape))
-        found = RECORDS[shape] = Record(shape, names, tuple(codec_of(hints[name]) for name in names))
+        codecs = tuple(codec_of(hints[name]) for name in names)
+        found = RECORDS[shape] = flat_of(shape, names, codecs) or Record(shape, names, codecs)
     return found
 
 
@@ -1473,6 +1536,12 @@ class Send(NamedTuple):
     frame: bytes
 
 
+class Answer(Send):
+    """Effect: a frame to the socket that asked, whose place among others does not matter."""
+
+    __slots__ = ()
+
+
 class Close(NamedTuple):
     """Effect: this socket ends once what is queued for it has gone."""
 
@@ -1922,6 +1991,9 @@ class Rooms:
     def _tell(self, peer: Peer, frame: Any) -> None:
         self._out.append(Send((peer.conn,), encode_frame(frame)))
 
+    def _answer(self, peer: Peer, frame: Any) -> None:
+        self._out.append(Answer((peer.conn,), encode_frame(frame)))
+
     def _tell_fault(self, peer: Peer, fault: PeerFault, ref: int = 0) -> None:
         self._tell(peer, DownFault(ref, fault.code, fault.text, fault.retry_ms))
 
@@ -2122,7 +2194,7 @@ class Rooms:
         head = self._charted(room)
         before = room.taken.get(Hl("commit", decode(Unit, frame.unit).body))
         if before is not None:  # the same again, after a socket that broke before the answer
-            self._tell(peer, DownSent(frame.ref, before))
+            self._answer(peer, DownSent(frame.ref, before))
             return
         new = self._verifier.unit(room.id, frame.unit, head)
         rotation = new.listing.roster_hash == head.listing.roster_hash
@@ -2135,7 +2207,7 @@ class Rooms:
         no = self._advance(peer, new, frame.unit, now)
         room.rotated = now if rotation else room.rotated
         if peer.conn in self._peers:
-            self._tell(peer, DownSent(frame.ref, no))
+            self._answer(peer, DownSent(frame.ref, no))
 
     def _may_rotate(self, room: Room, new: Head, now: float) -> None:
         listing, wait = new.listing, room.rotated + self._limits.rotation_seconds - now
@@ -2341,7 +2413,7 @@ class Rooms:
         self._afford(room, room.cost(entry), now)
         room.append(entry, now)
         self._out.append(Send(room.members(), entry))
-        self._tell(peer, DownSent(frame.ref, no))
+        self._answer(peer, DownSent(frame.ref, no))
 
     def _live(self, peer: Peer, frame: UpLive, now: float) -> None:
         self._under_head(peer.room, frame.epoch, frame.ch)
@@ -2362,13 +2434,13 @@ class Rooms:
         self._charted(peer.room)
         self._under_head(peer.room, None, frame.ch)
         self._hold(peer, frame.to, DIRECT, frame.ch, frame.leaf_no, frame.ct, now)
-        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer(peer, DownSent(frame.ref, 0))
 
     def _welcome(self, peer: Peer, frame: UpWelcome, now: float) -> None:
         if peer.dev not in self._charted(peer.room).listing.admins:
             raise PeerFault("refused", "welcomes are for admins to send")
         self._hold(peer, frame.to, WELCOME, ZERO32, 0, frame.ct, now)
-        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer(peer, DownSent(frame.ref, 0))
 
     def _share(self, peer: Peer, frame: UpShare, now: float) -> None:
         listing = self._charted(peer.room).listing
@@ -2379,7 +2451,7 @@ class Rooms:
         self._verifier.signature(peer.sigpub, "share", m, frame.sig)
         content = encode(ShareContent(frame.inv_id, frame.charter_no, frame.ct, frame.sig))
         self._hold(peer, frame.to, SHARE, ZERO32, 0, content, now)
-        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer(peer, DownSent(frame.ref, 0))
 
     def _hold(self, peer: Peer, to: bytes, kind: int, ch: bytes, leaf_no: int, ct: bytes, now: float) -> None:
         """Keeps a direct until its device says it has it. Of those of kind 1 the earliest go when there are too many:
@@ -2505,7 +2577,7 @@ class Rooms:
 
     def _invite(self, peer: Peer, frame: UpInvite, now: float) -> None:
         self._take_invite(peer, frame.invite, now)
-        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer(peer, DownSent(frame.ref, 0))
         self._answer_newcomers(peer.room)
 
     def _take_invite(self, peer: Peer, signed: Signed, now: float) -> None:
@@ -2527,7 +2599,7 @@ class Rooms:
 
     def _revoke(self, peer: Peer, frame: UpRevoke, now: float) -> None:
         self._take_revoke(peer, frame.revoke, now)
-        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer(peer, DownSent(frame.ref, 0))
         self._answer_newcomers(peer.room)
 
     def _take_revoke(self, peer: Peer, signed: Signed, now: float) -> None:
@@ -2576,7 +2648,7 @@ class Rooms:
         if frame.index >= frame.count or (file and file.count != frame.count):
             raise Bad("chunk is beyond its file")
         if file and frame.index in file.chunks:
-            self._tell(peer, DownSent(frame.ref, 0))
+            self._answer(peer, DownSent(frame.ref, 0))
             return
         largest = limits.demo_file if room.demo else limits.max_file
         size = (file.size if file else 0) + len(frame.ct)
@@ -2592,7 +2664,7 @@ class Rooms:
         chunk = encode_frame(DownChunk(peer.dev, frame.file_id, frame.index, frame.count, frame.ct))
         file.chunks[frame.index], file.size = chunk, size
         room.charge(cost)
-        self._tell(peer, DownSent(frame.ref, 0))
+        self._answer(peer, DownSent(frame.ref, 0))
         self._feed(file, frame.index)
 
     def _feed(self, file: File, index: int) -> None:
@@ -3134,6 +3206,7 @@ class Conn(asyncio.Protocol):
         "_socket",
         "_start",
         "_transport",
+        "answers",
         "crowd",
         "entered",
         "heard",
@@ -3158,6 +3231,7 @@ class Conn(asyncio.Protocol):
         self.crowd: Crowd | None = None  # frames of this tick that others get as well
         self._start = 0  # how many of these are dealt with
         self.outbox: list[tuple[int, bytes]] = []  # V(frame) for this member alone, and how many of the crowd's before
+        self.answers: list[bytes] = []  # V(frame), after all others
         self.entered = False
         self.pinged = False
         self.heard = 0.0
@@ -3301,6 +3375,9 @@ class Conn(asyncio.Protocol):
             self._take()
         elif self.crowd and self._shares(self.crowd):
             self._write(self.crowd.message())
+            if self.answers:
+                self._write(joined(self.answers))
+                self.answers.clear()
         else:
             self._pack()
             self._pump()
@@ -3319,8 +3396,10 @@ class Conn(asyncio.Protocol):
             taken.append(piece)
             at = place
         taken += shared[at:]
+        taken += self.answers
         self._start = len(shared)
         self.outbox.clear()
+        self.answers.clear()
         return taken
 
     def _pack(self) -> None:
@@ -3526,15 +3605,27 @@ class Link:
                 cause.cut(CLOSE_BUG, "relay failed")
             return
         for effect in effects:
-            if isinstance(effect, Send):
+            if isinstance(effect, Answer):
+                self._answer(cast("Sequence[Conn]", effect.conns)[0], effect.frame)
+            elif isinstance(effect, Send):
                 self._send(cast("Sequence[Conn]", effect.conns), effect.frame, cause)
             else:
                 cast(Conn, effect.conn).close(effect.code, effect.reason)
 
-    def _send(self, conns: Sequence[Conn], frame: bytes, cause: Conn | None) -> None:
-        self._deliveries += len(conns)
+    def _answer(self, conn: Conn, frame: bytes) -> None:
+        """Keeps answers apart, so that in a busy room a member that posts still gets the same message as the others."""
+        self._wake()
+        conn.answers.append(len(frame).to_bytes(4, "big") + frame)
+        conn.charge(len(frame))
+        self._dirty.add(conn)
+
+    def _wake(self) -> None:
         if not self._dirty:
             self._loop.call_soon(self._flush)
+
+    def _send(self, conns: Sequence[Conn], frame: bytes, cause: Conn | None) -> None:
+        self._deliveries += len(conns)
+        self._wake()
         if len(frame) >= self.limits.large_frame:
             for conn in conns:
                 conn.post_large(frame)
