@@ -9592,9 +9592,12 @@ class LoadClient(asyncio.Protocol):
             size = int.from_bytes(self.data[2:start], "big")
         if len(self.data) < max(start, start + size):
             return b""
-        message = bytes(self.data[start : start + size])
+        message, opcode = bytes(self.data[start : start + size]), self.data[0] & 15
         del self.data[: start + size]
-        return message
+        if opcode != 9:
+            return message
+        self.transport.write(bytes((0x8A, 0x80, 0, 0, 0, 0)))  # a sign of life: others may take a minute to come
+        return self.take()
 
     def send(self, message: bytes) -> None:
         size = len(message)
