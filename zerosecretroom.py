@@ -1431,13 +1431,13 @@ class Verifier:
         full = Unit(charter, roster, unit.body, unit.sig, unit.tag, unit.slots, chain)
         slots = {slot.dev: slot for slot in decode(Slots, unit.slots).slots}
         self._slots(commit, slots, listing)
+        self._born(commit, chain, listing, slots)
         return Head(ch, commit, listing, full, encode(full), slots, frozenset(Hl("commit", body) for body in chain))
 
     def _commit(self, room: bytes, ch: bytes, commit: Commit, unit: Unit, listing: Listing) -> None:
         must(commit.room == room, "commit is of another room")
         must(commit.charter == listing.charter_hash, "commit is of another charter")
         must(commit.roster == listing.roster_hash, "commit is of another roster")
-        must(commit.reason <= 2, "commit has an unknown reason")
         must((commit.epoch == 0) == (commit.parent == ZERO32), "commit has no parent, or one too many")
         must(commit.slots == Hl("slots", unit.slots), "slots are of another commit")
         committer = listing.devices.get(commit.committer)
@@ -1447,7 +1447,7 @@ class Verifier:
 
     def _slots(self, commit: Commit, slots: Mapping[bytes, Slot], listing: Listing) -> None:
         must(commit.committer not in slots, "committer has a slot")
-        must(slots.keys() <= listing.devices.keys(), "slot is of an unlisted device")
+        must(slots.keys() == listing.devices.keys() - {commit.committer}, "slots are not those of the roster")
         must(all(slot.type <= 1 and on_curve(slot.enc) for slot in slots.values()), "slot is of no use")
 
     def _chain(self, commit: Commit, chain: tuple[bytes, ...], lender: Head | None) -> tuple[bytes, ...]:
@@ -1467,17 +1467,23 @@ class Verifier:
             child = before
         return chain
 
+    def _born(self, commit: Commit, chain: tuple[bytes, ...], listing: Listing, slots: Mapping[bytes, Slot]) -> None:
+        """A roster begins with its signer's own commit; rotations alone follow, by whom policy lets. Also where the
+        parent is not known here, or an unknown parent would lend any right."""
+        first, *rest = [*(decode(Commit, body) for body in chain), commit]
+        must(first.reason == 0 and first.committer == listing.roster.signer, "changed roster is committed by another")
+        must(all(each.reason in (1, 2) for each in rest), "nothing changed")
+        answers = commit.reason == 2 and any(slot.type == 1 for slot in slots.values())
+        may = listing.charter.who == 0 or commit.committer in listing.admins
+        must(may or answers, "rotation is for admins here")
+
     def follows(self, new: Head, old: Head, wall_ms: int, asked: frozenset[bytes]) -> None:
         """What a commit may change upon its parent; `asked` are devices whose own member asked to see them go."""
         must(new.commit.epoch == old.commit.epoch + 1, "epoch does not follow")
         one, two = old.listing, new.listing
         must(two.charter.no > one.charter.no or two.charter_hash == one.charter_hash, "charter goes back")
         if two.roster_hash == one.roster_hash:
-            must(new.commit.reason != 0, "nothing changed")
-            by_admin = two.charter.who == 0 or new.commit.committer in two.admins
-            must(by_admin or new.commit.reason == 2, "rotation is for admins here")
             return
-        must(new.commit.committer == two.roster.signer, "changed roster is committed by another")
         least = one.roster.no + (two.charter.no == one.charter.no)
         must(least <= two.roster.no <= one.roster.no + self._limits.roster_step, "roster number is out of range")
         self._additions(one, two)
