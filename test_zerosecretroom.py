@@ -2264,16 +2264,17 @@ def seal_direct(
 ) -> bytes:
     lists = [[item.data for item in items], [large(c) for c in commits or []], [large(r) for r in rosters or []]]
     content = b"".join(u(2, len(each)) + b"".join(each) for each in lists)
-    return hpke_seal(point(to.kem), direct_info(to.room, ch, to), pad(content))
+    return hpke_seal(point(to.kem), direct_info(to.room, ch, to), pad(content + u(2, 0)))
 
 
-def open_direct(to: Keys, ch: bytes, ct: bytes) -> tuple[list[Item], list[bytes], list[bytes]]:
+def open_direct(to: Keys, ch: bytes, ct: bytes) -> tuple[list[Item], list[bytes], list[bytes], list[zsr.Signed]]:
     reader = zsr.Reader(unpad(hpke_open(to.kem, direct_info(to.room, ch, to), ct)))
     items = [take_item(reader) for _ in range(reader.uint(2))]
     commits = [reader.var(4) for _ in range(reader.uint(2))]
     rosters = [reader.var(4) for _ in range(reader.uint(2))]
+    own = [zsr.Signed(reader.var(4), reader.take(64)) for _ in range(reader.uint(2))]
     reader.end()
-    return items, commits, rosters
+    return items, commits, rosters, own
 
 
 # ------------------------------------------------------------------------------------------------ requests, logins --
@@ -2322,7 +2323,7 @@ def test_the_oracle_opens_what_it_seals() -> None:
     assert open_slot(rotated.unit, ann, second.epoch.init) == rotated.epoch
     item = event(ann, 1, second.ch, 1, text_body("hi"))
     assert read_item(item.data) == item
-    assert open_direct(ben, second.ch, seal_direct(ben, second.ch, [item])) == ([item], [], [])
+    assert open_direct(ben, second.ch, seal_direct(ben, second.ch, [item])) == ([item], [], [], [])
 
 
 # ======================================================================================================================
@@ -2379,6 +2380,25 @@ class DirectContent:
     items: tuple[Event, ...]
     commits: tuple[zsr.Big, ...]
     rosters: tuple[zsr.Big, ...]
+    own: tuple[zsr.Signed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLink:
+    what: zsr.U8
+    room: zsr.Key
+    sender: zsr.Id
+    recipient: zsr.Id
+    link: zsr.Big
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLabel:
+    what: zsr.U8
+    room: zsr.Key
+    sender: zsr.Id
+    recipient: zsr.Id
+    label: zsr.Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -2513,6 +2533,7 @@ SHAPES: dict[str, tuple[type[Any], ...]] = {
     "share_psk": (SharedPsk,),
     "share_box": (zsr.ShareContent,),
     "direct": (DirectContent,),
+    "own": (OwnLink, OwnLabel),
     "note": (TypingNote, WantNote, ServingNote),
     "request_link": (zsr.LinkBody,),
     "link_share": (zsr.SealedShare,),
@@ -2530,6 +2551,8 @@ LISTS = (zsr.Slots, zsr.LastBody)
 
 CONSTANTS: dict[type[Any], dict[str, int]] = {
     Link: {"version": 1},
+    OwnLink: {"what": 1},
+    OwnLabel: {"what": 2},
     TypingNote: {"what": 1},
     WantNote: {"what": 2},
     ServingNote: {"what": 3},
@@ -2836,8 +2859,19 @@ FIXED: dict[str, tuple[Any, bytes]] = {
             "items": [{"header": b"", "sig": SIG, "part": 1, "salt": A16, "body": b"b"}],
             "commits": [],
             "rosters": [b"r"],
+            "own": [large(b"m") + SIG],
         },
-        b"\x00\x01" + bytes(4) + SIG + b"\x01" + A16 + bytes.fromhex("00000001 62 0000 0001 00000001 72"),
+        b"\x00\x01"
+        + bytes(4)
+        + SIG
+        + b"\x01"
+        + A16
+        + bytes.fromhex("00000001 62 0000 0001 00000001 72 0001 00000001 6d")
+        + SIG,
+    ),
+    "own": (
+        {"what": 2, "room": C32, "sender": A16, "recipient": B16, "label": "hé"},
+        b"\x02" + C32 + A16 + B16 + bytes.fromhex("0003 68c3a9"),
     ),
     "note": ({"what": 3, "author": A16, "file_id": B16}, b"\x03" + A16 + B16),
     "slots": ([], b"\x00\x00"),
@@ -3782,6 +3816,7 @@ class TestSchedule:
     def test_an_invite(self, node: Node, tok: bytes, head: bytes) -> None:
         context = H("link", head)
         made = {"inv_id": X(tok, "inv id", context, 16), "psk": X(tok, "inv psk", context, 32)}
+        made["next"] = X(tok, "inv next", context, 32)
         assert node.call("Suite.invite", tok, head) == made
 
     def test_no_label_stands_twice_in_a_table_and_unknown_ones_are_refused(self, node: Node) -> None:
@@ -6539,6 +6574,8 @@ const Lab = (() => {
   };
   const stored = async (name, id) => (await clients.get(name).session.store.events(id, {before: null, limit: 100000})).map((e) => [e.lam, e.dev, e.i,
     Notary.contentOf(Keeper.unrecord(e.value).item)]).map(([lam, dev, i, c]) => [lam, dev, i, c.kind, c.whole && c.kind === 'text' ? c.body.text : '']);
+  const dev = (name, id) => clients.get(name).session.rooms.get(id).s.dev;
+  const invites = (name, id) => [...clients.get(name).session.rooms.get(id).view.invites.keys()];
   const blob = async (name, file) => new Uint8Array(await (await clients.get(name).session.dispatch({do: 'blob', file})).arrayBuffer());
   const faults = () => globalThis.faults.splice(0);
   /** decree commits what an admin wants: a charter with other admins or policy (of the root's holder), devices out. */
@@ -6565,7 +6602,7 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
-  return {faults, decree, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, model, state, stored, out, blob};
+  return {faults, decree, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, model, state, stored, out, blob, dev, invites};
 })();
 """
 
@@ -6651,6 +6688,15 @@ class Laboratory:
             self._effects(self.rooms.leave(wire, self.clock))
         self.node.call("Lab.start", name, self.dice.randrange(1, 2**31 - 1))
         self._heed(name, self.node.call("Lab.out", name))
+
+    def away(self, name: str) -> None:
+        """The page is closed, for a while: start() opens it again."""
+        self.node.call("Lab.crash", name)
+        for wire in [w for w in self.wires.values() if w.client == name]:
+            del self.wires[wire.id]
+            self.upward = [(i, m) for i, m in self.upward if i != wire.id]
+            self._effects(self.rooms.leave(wire, self.clock))
+        self.names.remove(name)
 
     def _heed(self, name: str, out: list[dict[str, Any]]) -> None:
         for word in out:
@@ -6748,6 +6794,23 @@ class Laboratory:
             self.do(name, "join", name=name)
             self.settle(6)
             assert self.model(name)["at"] == "room", self.model(name)["invited"]
+
+    def follow(self, link: str, *names: str, seconds: float = 8) -> None:
+        for name in names:
+            self.do(name, "link", text=link)
+            self.do(name, "join", name=name)
+        self.settle(seconds)
+
+    def linked(self, owner: str, device: str, *rooms: str, seconds: float = 8) -> None:
+        """Another device of one's own follows the link into these rooms."""
+        self.follow(self.do(owner, "linkDevice", rooms=list(rooms))["link"], device, seconds=seconds)
+
+    def dismissed(self, name: str, *texts: str) -> None:
+        """These notes were to be read there, no others, and are put away."""
+        notes = self.room(name)["notes"]
+        assert [note["text"] for note in notes] == list(texts), (name, notes)
+        for note in notes:
+            self.do(name, "dismiss", id=note["id"])
 
 
 @dataclass(frozen=True)
@@ -6885,6 +6948,106 @@ class TestConversation:
             files = [m["file"] for m in lab.room(name)["messages"] if m["file"]]
             assert [(f["name"], f["state"]) for f in files] == [("a.bin", "here")], name
             assert lab.node.call("Lab.blob", name, files[0]["id"]) == content
+
+
+def fresh(*names: str) -> list[str]:
+    """Names that no client has had."""
+    return [f"{name}{next(SERIAL)}" for name in names]
+
+
+class TestDevices:
+    def test_an_added_laptop_has_name_and_history_and_is_no_second_member(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        said = [f"m{n}" for n in range(4)]
+        for n, text in enumerate(said):
+            lab.do((ana, bob)[n % 2], "send", text=text)
+        lab.settle(4)
+        (laptop,) = fresh("laptop")
+        lab.start(laptop)
+        lab.linked(ana, laptop, room)
+        lab.settle(10)
+        assert lab.model(laptop)["at"] == "room", lab.model(laptop)["invited"]
+        mine, theirs = lab.room(laptop), lab.room(bob)
+        assert (mine["title"], mine["me"]["name"], mine["me"]["member"]) == ("Boat", ana, lab.room(ana)["me"]["member"])
+        assert {m["name"]: m["devices"] for m in theirs["members"]} == {ana: 2, bob: 1, cleo: 1}
+        assert [m["author"] for m in theirs["messages"] if m["kind"] == "linked"] == [ana]
+        assert lab.texts(laptop) == said
+        for name in (ana, laptop):
+            assert {(d["name"], d["you"], d["online"]) for d in lab.room(name)["devices"]} >= {
+                (laptop, name == laptop, True)
+            }
+        assert [m["kind"] for m in mine["messages"]].count("missing") == 0
+        for name in (bob, cleo):
+            (note,) = lab.room(name)["notes"]
+            assert (note["text"], note["level"], note["action"]) == ("memberKey", "warn", "verify")
+            assert note["params"] == {"name": ana, "member": mine["me"]["member"]}
+        assert lab.room(ana)["notes"] == mine["notes"] == []
+        lab.do(laptop, "send", text="from the laptop")
+        lab.do(laptop, "rename", name="Anna")
+        lab.settle(10)
+        agree(lab, room, [ana, bob, cleo, laptop], [*said, "from the laptop"])
+        assert lab.room(ana)["me"]["name"] == lab.room(laptop)["me"]["name"] == "Anna"
+
+    def test_a_members_laptop_waits_for_an_admin_over_all_restarts(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(bob, "send", text="before")
+        lab.settle(4)
+        lab.away(ana)
+        (laptop,) = fresh("laptop")
+        lab.start(laptop)
+        lab.linked(bob, laptop, room)
+        dev = lab.node.call("Lab.dev", laptop, room)
+        assert lab.room(bob)["linking"] == [{"dev": dev, "name": laptop, "awaits": [ana]}]
+        assert lab.model(laptop)["invited"]["state"] == "waiting"
+        assert lab.room(cleo)["linking"] == []
+        lab.crash(bob)
+        lab.settle(2)
+        assert lab.room(bob)["linking"] == [{"dev": dev, "name": laptop, "awaits": [ana]}]
+        lab.away(bob)
+        lab.crash(cleo)
+        lab.kill()
+        lab.settle(4)
+        lab.start(ana)
+        lab.settle(8)
+        assert lab.room(laptop)["id"] == room, "Cleo has kept the request"
+        lab.start(bob)
+        lab.settle(12)
+        assert {m["name"]: m["devices"] for m in lab.room(cleo)["members"]} == {ana: 1, bob: 2, cleo: 1}
+        assert lab.room(bob)["linking"] == []
+        lab.do(laptop, "send", text="after")
+        lab.settle(10)
+        agree(lab, room, [ana, bob, cleo, laptop], ["before", "after"])
+        assert lab.texts(laptop) == ["before", "after"]
+
+    def test_the_other_rooms_follow_in_one_go(self, lab: Laboratory) -> None:
+        ana, bob, laptop = fresh("ana", "bob", "laptop")
+        lab.start(ana, bob, laptop)
+        rooms = []
+        for title in ("One", "Two", "Three"):
+            rooms.append(lab.create(ana, title))
+            lab.do(ana, "go", to={"at": "start"})
+        lab.do(ana, "go", to={"at": "room", "id": rooms[1]})
+        lab.do(ana, "send", text="in room two")
+        lab.linked(ana, laptop, *rooms[:2], seconds=20)
+        assert {r["title"] for r in lab.model(laptop)["rooms"]} == {"One", "Two"}
+        lab.do(laptop, "go", to={"at": "room", "id": rooms[1]})
+        lab.settle(8)
+        assert lab.texts(laptop) == ["in room two"]
+        assert [d["name"] for d in lab.room(laptop)["devices"] if d["you"]] == [laptop]
+        assert len(lab.room(ana)["devices"]) == 2
+        lab.do(ana, "go", to={"at": "room", "id": rooms[2]})
+        assert len(lab.room(ana)["devices"]) == 1
+
+    def test_a_revoked_device_link_leads_nowhere_in_no_room(self, lab: Laboratory) -> None:
+        ana, laptop = fresh("ana", "laptop")
+        lab.start(ana, laptop)
+        one, two = lab.create(ana, "One"), lab.create(ana, "Two")
+        lab.do(ana, "go", to={"at": "room", "id": one})
+        made = lab.do(ana, "linkDevice", rooms=[one, two])
+        lab.do(ana, "revoke", id=made["id"])
+        assert lab.node.call("Lab.invites", ana, one) == lab.node.call("Lab.invites", ana, two) == []
+        lab.follow(made["link"], laptop)
+        assert lab.model(laptop)["invited"]["state"] == "over"
 
 
 SCHEDULES = st.lists(
@@ -7036,7 +7199,7 @@ class Insider:
 
     def direct(self, to: bytes, *items: Item, tid: int = 2**40) -> zsr.DownDirect:
         no, kempub = self.leaves[to]
-        content = u(2, len(items)) + b"".join(item.data for item in items) + u(2, 0) + u(2, 0)
+        content = u(2, len(items)) + b"".join(item.data for item in items) + 3 * u(2, 0)
         info = E("direct", self.keys.room + self.epoch.ch + to + u(8, no))
         ct = hpke_seal(kempub, info, pad(content))
         return zsr.DownDirect(tid, 1, self.keys.dev, self.epoch.ch, no, ct)
@@ -7696,6 +7859,7 @@ def test_attack_07_of_two_that_race_on_one_link_one_gets_in_and_the_other_is_tol
     (outside,) = {bob, eve} - set(inside)
     assert stage.model(outside)["invited"]["state"] == "used"
     assert [m["name"] for m in stage.room(ana)["members"] if not m["you"]] == inside
+    stage.dismissed(ana, "linkReused")
     stage.talk(room, [ana, *inside], [])
 
 

@@ -1262,11 +1262,12 @@ class Recent(Generic[K, T]):
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A device of a roster."""
+    """A device of a roster; `sponsor` is the one that linked it, empty for a member's first."""
 
     sigpub: bytes
     member: bytes
     inv_id: bytes
+    sponsor: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -1379,7 +1380,8 @@ class Verifier:
         entries = [(member.member, device) for member in roster.members for device in member.devices]
         must(0 < len(entries) <= self._limits.devices, "roster lists no device, or too many")
         for member, device in entries:
-            devices[device_id(room, device.sigpub)] = Listed(device.sigpub, member, device.inv_id)
+            sponsor = b"" if device.sponsor == ZERO65 else device_id(room, device.sponsor)
+            devices[device_id(room, device.sigpub)] = Listed(device.sigpub, member, device.inv_id, sponsor)
         must(len(devices) == len(entries) and not devices.keys() & gone.keys(), "a device is listed twice or gone")
         must(all(member.devices for member in roster.members), "a member has no device")
         for dev, (member, device) in zip(devices, entries, strict=True):
@@ -1501,6 +1503,8 @@ class Verifier:
             must(inv_id != ZERO16 and used is not None and used.dev == dev, "addition consumes no invite of its own")
             before = one.consumed.get(inv_id)
             must(before is None or before.dev == dev, "invite was consumed before")
+            sponsor = two.devices[dev].sponsor
+            must(not sponsor or sponsor in two.devices, "device is sponsored by one that is gone")
 
     def _removals(self, one: Listing, two: Listing, asked: frozenset[bytes]) -> None:
         for was in one.gone.values():
@@ -2323,7 +2327,9 @@ class Rooms:
         return held
 
     def _readers(self, room: Room, invite: Invite) -> set[bytes]:
-        """Devices that a join on this invite is sealed to."""
+        """Devices that a join on this invite is sealed to: the admins, or the one that links another of its own."""
+        if invite.kind == 1:
+            return {invite.dev}
         admins = {dev for dev in self._charted(room).listing.admins if dev in room.seats}
         return admins | {invite.dev}
 
@@ -2551,8 +2557,12 @@ class Rooms:
             raise PeerFault("over", "request has expired")
         if request.kind != SPLIT and self._settled(self._charted(room).listing, asked):
             raise PeerFault("refused", "request was settled")
-        if sum(each.request.dev == request.dev for each in room.requests.values()) >= limits.requests_a_device:
+        same = self._same(room, asked)
+        mine = sum(each.request.dev == request.dev for each in room.requests.values())
+        if mine - len(same) >= limits.requests_a_device:
             raise Full("too many requests of this device", limits.full_retry_ms)
+        for old in same:
+            room.requests.drop(old)
         room.requests.check(name, "requests")
         self._shelve(room, room.requests, name, asked, len(signed.m), now)
         self._send(room.others(peer), DownRequests((signed,)))
@@ -2561,6 +2571,20 @@ class Rooms:
                 seat = room.seats.get(dev)
                 if seat and seat.peer:
                     self._turn_away(seat.peer, "this device was unlinked", now)
+
+    def _same(self, room: Room, asked: Asked) -> list[bytes]:
+        """Names of what a request takes the place of: a device asks once for each that it links."""
+        if asked.request.kind != LINK:
+            return []
+        of = asked.request.dev, LINK, asked.devs
+        same = {
+            name: each.request
+            for name, (each, _) in room.requests.items.items()
+            if (each.request.dev, each.request.kind, each.devs) == of
+        }
+        if any(asked.request.no < each.no for each in same.values()):
+            raise PeerFault("stale", "a later request came first")
+        return list(same)
 
     def _about(self, room: Room, request: Request, by: Listed) -> frozenset[bytes]:
         """The devices a request is about: a new one, or some of its own member's."""
