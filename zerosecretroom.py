@@ -1986,6 +1986,12 @@ class Rooms:
         self._out.append(Close(peer.conn, code, reason))
         self._forget(peer, now)
 
+    def _show_cut(self, peer: Peer) -> None:
+        """Who was unlinked by another device of its member is shown that device's word."""
+        asked = tuple(each.signed for each in peer.room.requests.values() if peer.dev in each.devs)
+        if asked:
+            self._tell(peer, DownRequests(asked))
+
     def _turn_away(self, peer: Peer, text: str, now: float) -> None:
         """An unlisted device is shown the head that leaves it out: it judges for itself."""
         if peer.room.head:
@@ -2134,6 +2140,7 @@ class Rooms:
         if peer.conn not in self._peers:  # turned away by a request that it brought itself
             return
         if peer.dev not in room.seats or peer.dev in room.cut():
+            self._show_cut(peer)
             self._turn_away(peer, "this device is not listed", now)
             return
         self._admit(peer, hello, now)
@@ -2180,6 +2187,9 @@ class Rooms:
         """What a member must know before the log; lists that are empty are left out."""
         room, dev = peer.room, peer.dev
         self._tell(peer, DownHi(self._run, room.log[0].no if room.log else room.next, room.next))
+        asked = tuple(asked.signed for asked in room.requests.values())
+        if asked:  # before the head: a removal is judged by the wish it answers
+            self._tell(peer, DownRequests(asked))
         if room.head and hello.unit != room.head.data and (hello.unit or hello.run != self._run):
             self._tell(peer, DownUnit(room.head.data))
         joins = tuple(
@@ -2190,7 +2200,6 @@ class Rooms:
         told: list[tuple[type[Any], tuple[Any, ...]]] = [
             (DownLeaves, tuple(signed for _, signed in room.leaves.values())),
             (DownJoins, joins),
-            (DownRequests, tuple(asked.signed for asked in room.requests.values())),
             (DownResyncs, tuple(room.resyncs.values())),
             (DownEvidence, tuple(listing.proof for listing in room.evidence.values())),
         ]
@@ -2269,7 +2278,7 @@ class Rooms:
         listing = new.listing
         room.resyncs.keep(lambda _, __: False)
         room.leaves.keep(lambda dev, _: dev in listing.devices)
-        room.requests.keep(lambda _, asked: not self._settled(listing, asked) and asked.request.kind != SPLIT)
+        room.requests.keep(lambda _, asked: asked.request.kind != SPLIT and not self._settled(listing, asked))
         room.evidence.keep(
             lambda _, proof: not (proof.gone.keys() <= listing.gone.keys() and proof.weight <= listing.weight)
         )
@@ -2284,11 +2293,15 @@ class Rooms:
             self._end_file(room, key)
 
     def _settled(self, listing: Listing, asked: Asked) -> bool:
-        if asked.request.dev not in listing.devices:
-            return True
-        if asked.request.kind == LINK:
-            return all(dev in listing.devices or dev in listing.gone for dev in asked.devs)
-        return bool(asked.devs) and all(dev in listing.gone for dev in asked.devs)
+        """A device's wish to go is kept while the charter names it: a member that was away must learn why a junior
+        admin could remove it."""
+        by, devs = asked.request.dev, asked.devs
+        if asked.request.kind in (UNLINK, LEAVE):
+            carried_out = devs <= listing.gone.keys() and not devs & {*listing.admins}
+            return carried_out or (by in listing.gone and by not in devs)
+        if asked.request.kind == LINK and by in listing.devices:
+            return all(dev in listing.devices or dev in listing.gone for dev in devs)
+        return by not in listing.devices
 
     def _charted(self, room: Room) -> Head:
         if room.head is None:
@@ -2570,6 +2583,7 @@ class Rooms:
             for dev in asked.devs - {request.dev}:
                 seat = room.seats.get(dev)
                 if seat and seat.peer:
+                    self._show_cut(seat.peer)
                     self._turn_away(seat.peer, "this device was unlinked", now)
 
     def _same(self, room: Room, asked: Asked) -> list[bytes]:
