@@ -10064,6 +10064,11 @@ def is_connected(user: User) -> None:
     eventually(lambda: status.text().strip().startswith("Connected"), "connected")
 
 
+def choose(where: Spot, name: str, value: str) -> None:
+    set_value = f"(e) => {{ e.value = '{value}'; e.dispatchEvent(new Event('change', {{bubbles: true}})); }}"
+    where.find("combobox", name).js(set_value)
+
+
 def write(user: User, text: str) -> None:
     box = user.find("textbox", "Message")
     box.fill(text)
@@ -10261,6 +10266,50 @@ def test_a_revoked_link_lets_nobody_in(arrive: Arrive, relay: Relay, engine: str
     bob.fill("Your name", "Bob")
     bob.click("button", "Join")
     eventually(lambda: any("This link has ended" in text for text in bob.find("alert").texts()), "Bob is told")
+
+
+@on_engines()
+def test_a_link_for_five_lets_in_one_after_the_other(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob, cem = arrive(engine), arrive(engine, PHONE), arrive(engine, PHONE)
+    make_room(ann, relay)
+    first = make_link(ann)
+    ann.click("button", "Invite")
+    dialog = ann.find("dialog", "Invite to Harbour")
+    choose(dialog, "Lets in", "5")
+    dialog.find("button", "New link").click()
+    box = dialog.find("textbox", "Invite link")
+    eventually(lambda: box.value() not in ("", first), "another link is made")
+    dialog.says("It lets in 5 people")
+    link = box.value()
+    join_by(bob, link, "Bob")
+    join_by(cem, link, "Cem")
+    eventually(lambda: "5 people, 2 in" in dialog.find("list", "Open invites").text(), "two of five are in")
+
+
+@on_engines()
+def test_a_device_is_linked_and_stands_in_the_list(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    bob.click("button", "Devices")
+    bob.click("button", "Link a device")
+    link = eventually(bob.find("textbox", "Device link").value, "a link is made")
+    bob.press("Escape")
+    tablet = arrive(engine)
+    tablet.goto(link)
+    tablet.find("heading", "Link this device").appears()
+    assert tablet.find("textbox", "Device name").value(), "the browser has a name for itself"
+    tablet.fill("Device name", "Bob's tablet")
+    tablet.click("button", "Join")
+    tablet.find("heading", "Harbour", level=1).appears()
+    devices = bob.find("dialog", "Devices").find("list", "Devices")
+    devices.find("button", "Remove device Bob's tablet").appears()
+    assert devices.text().count("This device") == 1
+    write(tablet, "from the tablet")
+    hears(ann, "from the tablet")
+    assert ann.find("article", re.compile("^Bob")).count() == 1
+    ann.click("button", "Members")
+    people = ann.find("dialog", "Members").find("list", "Members")
+    eventually(lambda: people.text().replace("\xa0", " ").count("2 devices") == 1, "one Bob with two devices")
+    assert people.text().count("Bob") == 1
 
 
 @on_engines()
@@ -10581,7 +10630,7 @@ def test_nothing_is_wider_than_the_screen(arrive: Arrive, relay: Relay, media: M
         ann.upload(media["photo.jpg"], media["clip.mp4"], media["voice.mp3"], media[f"{WORD}.zip"])
         has_file(ann, f"{WORD}.zip")
         assert ann.js(OVERFLOW_SCRIPT) == []
-        for name in ("Invite", "Members", "Settings"):
+        for name in ("Invite", "Members", "Devices", "Settings"):
             ann.click("button", name)
             assert ann.js(OVERFLOW_SCRIPT) == [], name
             ann.press("Escape")
@@ -10659,9 +10708,7 @@ def test_theme_title_and_name_can_be_changed(arrive: Arrive, relay: Relay, engin
     settings.find("textbox", "Room name").fill("Quay")
     settings.find("textbox", "Room name").press("Enter")
     bob.find("heading", "Quay", level=1).appears()
-    settings.find("combobox", "Theme").js(
-        "(e) => { e.value = 'dark'; e.dispatchEvent(new Event('change', {bubbles: true})); }"
-    )
+    choose(settings, "Theme", "dark")
     assert ann.js("getComputedStyle(document.body).backgroundColor") == "rgb(9, 15, 17)"
     assert zsr.Page.of(PAGE.read_bytes()).sha256 in settings.text().replace(" ", "")
     ann.press("Escape")
