@@ -11224,8 +11224,7 @@ def passphrases(user: User, button: str, **fields: str) -> None:
         dialog.css(f"#pass-{field_name}").fill(text)
     dialog.css("#pass-go").click()
     dialog.vanishes()
-    user.press("Escape")
-    user.find("dialog", "Settings").vanishes()
+    user.find("dialog", "Settings").find("button", "Close").click()
 
 
 def is_locked(user: User) -> None:
@@ -11320,7 +11319,7 @@ def test_everything_goes_to_another_browser_and_is_erased_here(
     ann, bob = meet(arrive, relay, engine)
     new = arrive(engine)
     write(ann, "line 1")
-    ann.upload(media["photo.jpg"])
+    ann.css("#files").upload(media["photo.jpg"])
     has_file(bob, "photo.jpg")
     write(bob, "line 2")
     hears(ann, "line 2")
