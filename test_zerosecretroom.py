@@ -6632,6 +6632,7 @@ const Lab = (() => {
   };
   const stored = async (name, id) => (await clients.get(name).session.store.events(id, {before: null, limit: 100000})).map((e) => [e.lam, e.dev, e.i,
     Notary.contentOf(Keeper.unrecord(e.value).item)]).map(([lam, dev, i, c]) => [lam, dev, i, c.kind, c.whole && c.kind === 'text' ? c.body.text : '']);
+  const wall = () => 1_700_000_000_000 + time;
   const rooms = (name) => [...clients.get(name).session.rooms.keys()];
   const dev = (name, id) => clients.get(name).session.rooms.get(id).s.dev;
   const invites = (name, id) => [...clients.get(name).session.rooms.get(id).view.invites.keys()];
@@ -6661,7 +6662,7 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
-  return {faults, decree, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, model, state, stored, out, blob, dev, invites, rooms};
+  return {faults, decree, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, model, state, stored, out, blob, dev, invites, rooms, wall};
 })();
 """
 
@@ -6686,6 +6687,7 @@ class Laboratory:
         self.wires: dict[int, Wire] = {}
         self.upward: list[tuple[int, bytes]] = []
         self.clock = 1000.0
+        self.wall = int(node.call("Lab.wall"))
         self.tamper: Any = None
         self.names: list[str] = []
         self.runs = 0
@@ -6701,7 +6703,7 @@ class Laboratory:
             self.dice.randbytes(16),
             frozenset(),
             self.dice.randbytes,
-            lambda: 1_700_000_000_000,
+            lambda: self.wall,
         )
 
     def kill(self) -> None:
@@ -6799,6 +6801,7 @@ class Laboratory:
 
     def tick(self, seconds: float) -> None:
         self.clock += seconds
+        self.wall += int(seconds * 1000)
         self.node.call("Lab.advance", int(seconds * 1000))
         self._effects(self.rooms.expire(self.clock))
         for name in self.names:
@@ -6863,6 +6866,12 @@ class Laboratory:
     def linked(self, owner: str, device: str, *rooms: str, seconds: float = 8) -> None:
         """Another device of one's own follows the link into these rooms."""
         self.follow(self.do(owner, "linkDevice", rooms=list(rooms))["link"], device, seconds=seconds)
+
+    def appoint(self, room: str, root: str, *admins: str, policy: dict[str, int] | None = None) -> None:
+        """A charter that names these people's devices as admins."""
+        devs = [self.node.call("Lab.dev", name, room) for name in admins]
+        self._heed(root, self.node.call("Lab.decree", root, room, {"admins": devs, "policy": policy or {}}))
+        self.settle(4)
 
     def dismissed(self, name: str, *texts: str) -> None:
         """These notes were to be read there, no others, and are put away."""
@@ -7342,6 +7351,216 @@ class TestMembership:
         lab.settle(20)
         assert lab.room(ana)["stale"] == ""
         agree(lab, room, [ana, bob], [f"m{n}" for n in range(9)])
+
+
+class TestInvites:
+    def test_a_link_of_three_uses_admits_three_and_tells_the_fourth(self, lab: Laboratory) -> None:
+        ana, *friends = fresh("ana", "bob", "cleo", "dora", "eve")
+        lab.start(ana, *friends)
+        room = lab.create(ana)
+        made = lab.do(ana, "invite", uses=3, hours=1)
+        assert made["expiry"] == lab.node.call("Lab.wall") + 3_600_000
+        assert lab.room(ana)["invites"] == [{"id": made["id"], "expiry": made["expiry"], "uses": 3, "left": 3}]
+        lab.follow(made["link"], friends[0], friends[1], seconds=14)
+        assert [i["left"] for i in lab.room(ana)["invites"]] == [1]
+        lab.kill()
+        lab.settle(4)
+        lab.follow(made["link"], friends[2], seconds=10)
+        assert [lab.model(name)["at"] for name in friends[:3]] == ["room"] * 3
+        assert lab.room(ana)["invites"] == []
+        lab.follow(made["link"], friends[3], seconds=10)
+        assert lab.model(friends[3])["invited"]["state"] == "used"
+        lab.do(ana, "send", text="all three")
+        lab.settle(10)
+        agree(lab, room, [ana, *friends[:3]], ["all three"])
+
+    def test_the_end_of_a_bunch_is_told_and_revoking_it_ends_all_uses(self, lab: Laboratory) -> None:
+        ana, bob, cleo, dora = fresh("ana", "bob", "cleo", "dora")
+        lab.start(ana, bob, cleo, dora)
+        lab.create(ana)
+        made, short = lab.do(ana, "invite", uses=3), lab.do(ana, "invite", uses=2, hours=1)
+        lab.follow(made["link"], bob)
+        lab.do(ana, "revoke", id=made["id"])
+        assert [i["id"] for i in lab.room(ana)["invites"]] == [short["id"]]
+        lab.follow(made["link"], cleo)
+        assert lab.model(cleo)["invited"]["state"] == "over"
+        lab.kill()
+        lab.settle(4)
+        lab.follow(made["link"], cleo)
+        assert lab.model(cleo)["invited"]["state"] == "over", "also at a relay that has forgotten"
+        for _ in range(8):
+            lab.tick(500)
+            lab.drain()
+        assert lab.room(ana)["invites"] == []
+        lab.follow(short["link"], dora)
+        assert lab.model(dora)["invited"]["state"] == "over"
+
+    def test_a_preview_that_opens_a_link_changes_nothing(self, lab: Laboratory) -> None:
+        ana, bob, robot = fresh("ana", "bob", "robot")
+        lab.start(ana, bob, robot)
+        lab.create(ana)
+        link_ = lab.invite(ana)
+        for _ in range(2):
+            lab.do(robot, "link", text=link_)
+            lab.settle(2)
+        assert [w.client for w in lab.wires.values()] == [ana], "nothing has reached the relay"
+        lab.do(bob, "link", text=link_)
+        lab.follow(link_, bob)
+        assert lab.model(bob)["at"] == "room"
+        lab.do(bob, "link", text=link_)
+        assert lab.model(bob)["at"] == "room", "the second time it leads to the room one is in"
+
+    @pytest.mark.parametrize(("how", "fault"), [({"uses": 0}, "bad"), ({"uses": 21}, "bad"), ({"hours": 0}, "bad")])
+    def test_uses_and_hours_have_bounds(self, lab: Laboratory, how: dict[str, int], fault: str) -> None:
+        (ana,) = fresh("ana")
+        lab.start(ana)
+        lab.create(ana)
+        with pytest.raises(Refused) as refused_:
+            lab.do(ana, "invite", **how)
+        assert refused_.value.code == fault
+
+    def test_any_admin_device_lets_in_by_any_admins_link(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        dora, eve = fresh("dora", "eve")
+        lab.start(dora, eve)
+        made = lab.do(ana, "invite", uses=3)
+        lab.appoint(room, ana, ana, bob)
+        assert [i["left"] for i in lab.room(bob)["invites"]] == [3], "a new admin gets a share of what is open"
+        later = lab.do(ana, "invite")
+        lab.settle(2)
+        lab.away(ana)
+        lab.kill()
+        lab.settle(4)
+        lab.follow(made["link"], dora)
+        assert lab.model(dora)["invited"]["state"] == "over", "no relay knows an invite before one of its makers comes"
+        lab.start(ana)
+        lab.settle(4)
+        lab.away(ana)
+        lab.settle(8)
+        assert lab.model(dora)["at"] == "room"
+        lab.follow(later["link"], eve)
+        assert lab.model(eve)["at"] == "room"
+        assert [i["left"] for i in lab.room(bob)["invites"]] == [2]
+        lab.start(ana)
+        lab.settle(10)
+        assert [i["left"] for i in lab.room(ana)["invites"]] == [2]
+        lab.do(cleo, "send", text="all here")
+        lab.settle(8)
+        agree(lab, room, [ana, bob, cleo, dora, eve], ["all here"])
+
+    def test_a_link_revoked_by_another_admin_is_over_for_all(self, lab: Laboratory) -> None:
+        room, (ana, bob, _) = room_of_three(lab)
+        (dora,) = fresh("dora")
+        lab.start(dora)
+        lab.appoint(room, ana, ana, bob)
+        made = lab.do(ana, "invite", uses=2)
+        lab.settle(2)
+        lab.do(bob, "revoke", id=lab.room(bob)["invites"][0]["id"])
+        lab.settle(2)
+        assert lab.room(ana)["invites"] == lab.room(bob)["invites"] == []
+        lab.away(bob)
+        lab.kill()
+        lab.settle(4)
+        lab.follow(made["link"], dora)
+        assert lab.model(dora)["invited"]["state"] == "over"
+        assert len(lab.room(ana)["members"]) == 3
+
+    def test_two_admins_at_once_admit_one_and_both_newcomers_are_told(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.appoint(room, ana, ana, bob)
+        dora, eve = fresh("dora", "eve")
+        lab.start(dora, eve)
+        lab.follow(lab.invite(ana), dora, eve, seconds=10)
+        inside = [name for name in (dora, eve) if lab.model(name)["at"] == "room"]
+        (outside,) = {dora, eve} - set(inside)
+        assert lab.model(outside)["invited"]["state"] == "used"
+        lab.do(cleo, "send", text="one of them")
+        lab.settle(8)
+        agree(lab, room, [ana, bob, cleo, *inside], ["one of them"])
+
+
+class TestAsk:
+    def asking(self, lab: Laboratory) -> tuple[str, list[str]]:
+        room, people = room_of_three(lab)
+        lab.appoint(room, people[0], *people[:2], policy={"joins": 1})
+        return room, people
+
+    def test_who_waits_is_shown_with_name_and_fingerprint_and_let_in_on_a_yes(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = self.asking(lab)
+        (dora,) = fresh("dora")
+        lab.start(dora)
+        lab.follow(lab.invite(ana), dora)
+        invited = lab.model(dora)["invited"]
+        assert (invited["state"], len(invited["fingerprint"].split())) == ("waiting", 6)
+        for name in (ana, bob):
+            (waits,) = lab.room(name)["waiting"]
+            assert (waits["name"], waits["fingerprint"]) == (dora, invited["fingerprint"])
+            assert not waits["device"]
+        assert lab.room(cleo)["waiting"] == []
+        lab.crash(bob)
+        lab.kill()
+        lab.settle(4)
+        assert [w["dev"] for w in lab.room(bob)["waiting"]] == [waits["dev"]], "it survives the page and the relay"
+        lab.do(bob, "admit", dev=waits["dev"])
+        lab.settle(8)
+        assert lab.model(dora)["at"] == "room"
+        assert lab.room(ana)["waiting"] == lab.room(bob)["waiting"] == []
+        lab.do(dora, "send", text="thanks")
+        lab.settle(8)
+        agree(lab, room, [ana, bob, cleo, dora], ["thanks"])
+
+    def test_the_first_answer_counts(self, lab: Laboratory) -> None:
+        room, (ana, bob, _) = self.asking(lab)
+        (dora,) = fresh("dora")
+        lab.start(dora)
+        made = lab.do(ana, "invite")
+        lab.settle(2)
+        lab.away(ana)
+        lab.follow(made["link"], dora)
+        (waits,) = lab.room(bob)["waiting"]
+        lab.do(bob, "refuse", dev=waits["dev"])
+        lab.settle(3)
+        assert lab.model(dora)["invited"]["state"] == "refused"
+        lab.start(ana)
+        lab.settle(4)
+        assert lab.room(ana)["waiting"] == lab.room(ana)["invites"] == []
+        assert lab.do(ana, "admit", dev=waits["dev"]) is None
+        lab.settle(4)
+        lab.follow(made["link"], dora)
+        assert lab.model(dora)["invited"]["state"] == "over"
+        assert len(lab.state(ana, room)["devices"]) == 3
+
+    def test_waiting_ends_with_the_invite(self, lab: Laboratory) -> None:
+        _, (ana, bob, _) = self.asking(lab)
+        dora, eve = fresh("dora", "eve")
+        lab.start(dora, eve)
+        made, brief = lab.do(ana, "invite"), lab.do(ana, "invite", hours=1)
+        lab.follow(made["link"], dora)
+        lab.follow(brief["link"], eve)
+        assert len(lab.room(ana)["waiting"]) == len(lab.room(bob)["waiting"]) == 2
+        lab.do(ana, "revoke", id=made["id"])
+        lab.settle(3)
+        assert lab.model(dora)["invited"]["state"] == "over"
+        assert [w["name"] for w in lab.room(bob)["waiting"]] == [w["name"] for w in lab.room(ana)["waiting"]] == [eve]
+        for _ in range(9):
+            lab.tick(500)
+            lab.drain()
+        assert lab.room(ana)["waiting"] == lab.room(bob)["waiting"] == []
+
+    def test_a_members_device_is_asked_for_too_and_an_admins_own_is_not(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = self.asking(lab)
+        laptop, tablet = fresh("laptop", "tablet")
+        lab.start(laptop, tablet)
+        lab.linked(cleo, laptop, room)
+        (waits,) = lab.room(bob)["waiting"]
+        assert (waits["name"], waits["device"]) == (cleo, True)
+        assert lab.room(cleo)["linking"][0]["name"] == laptop
+        lab.do(bob, "admit", dev=waits["dev"])
+        lab.settle(8)
+        assert lab.model(laptop)["at"] == "room"
+        lab.linked(ana, tablet, room)
+        assert lab.model(tablet)["at"] == "room"
+        assert {m["name"]: m["devices"] for m in lab.room(bob)["members"]} == {ana: 2, bob: 1, cleo: 2}
 
 
 SCHEDULES = st.lists(
