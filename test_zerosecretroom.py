@@ -8380,6 +8380,60 @@ def test_attack_07_of_two_that_race_on_one_link_one_gets_in_and_the_other_is_tol
     stage.talk(room, [ana, *inside], [])
 
 
+def test_attack_07_of_two_that_two_admins_admit_on_one_link_one_gets_in_and_all_are_told(stage: Stage) -> None:
+    """The relay takes one commit; Joins.prune drops who lost the race, and tells both it and its admin.
+
+    Seen to fail without: `if (taken) this.late(b, dev);` in Joins.prune.
+    """
+    room, (ana, bob, cleo) = stage.meet("ana", "bob", "cleo")
+    stage.appoint(room, ana, ana, bob)
+    dora, eve = fresh("dora", "eve")
+    stage.start(dora, eve)
+    link_, held = stage.invite(ana), dict[str, zsr.PendingJoin]()
+    stage.settle(2)
+
+    def keep_joins(name: str, frames: list[Any]) -> list[Any]:
+        for frame in frames:
+            held.update({name + j.dev.hex(): j for j in frame.joins} if isinstance(frame, zsr.DownJoins) else {})
+        return [f for f in frames if not isinstance(f, zsr.DownJoins | zsr.DownSettled)]
+
+    stage.lie = keep_joins
+    for name in (dora, eve):
+        stage.do(name, "link", text=link_)
+        stage.do(name, "join", name=name)
+        stage.drain()
+    for admin, newcomer in ((ana, dora), (bob, eve)):
+        stage.feed(admin, zsr.DownJoins((held[admin + stage.dev(newcomer, room).hex()],)))
+    assert all(stage.said(name, zsr.UpCommit) for name in (ana, bob)), "both admit at once"
+    stage.drain()
+    stage.lie = None
+    stage.settle(8)
+    inside = [name for name in (dora, eve) if stage.model(name)["at"] == "room"]
+    (outside,) = {dora, eve} - set(inside)
+    loser = {dora: ana, eve: bob}[outside]
+    assert stage.up[loser].count(zsr.UpRefuse(stage.dev(outside, room), 2)) == 1
+    stage.dismissed(loser, "linkReused")
+    assert stage.model(outside)["invited"]["state"] != "admitted"
+    assert {m["name"] for m in stage.room(cleo)["members"]} == {ana, bob, cleo, *inside}
+    stage.talk(room, [ana, bob, cleo, *inside], [])
+
+
+def test_attack_07_no_admin_admits_a_second_one_on_a_used_link(stage: Stage) -> None:
+    """Room.additionFault: what an invite was consumed for stays so, whatever an admin signs.
+
+    Seen to fail without: `return 'invite was consumed before'`.
+    """
+    room, (mal, bob) = stage.meet("mal", "bob")
+    admin, eve = stage.steal(mal, room), new_device(bytes.fromhex(room))
+    (spent,) = spent_in(admin)
+    unit = zsr.encode(
+        upon(admin, [*listed_in(admin.unit), entry(eve, spent.inv_id)], [], [spent, used(spent.inv_id, eve)])
+    )
+    with unmoved(stage, room, bob):
+        stage.feed(bob, zsr.DownUnit(unit), zsr.DownCommit(stage.number(bob) + 100, 2, unit))
+        assert stage.said(bob, zsr.UpResync) == []
+
+
 def test_attack_08_a_join_moved_to_another_invite_or_room_does_not_open(stage: Stage) -> None:
     """Notary.openJoin: the psk and the info are those of one invite, in one room; the consent names it a third time.
 
@@ -8562,6 +8616,63 @@ def test_attack_42_neither_an_old_join_nor_a_gone_sponsor_brings_a_device_in(sta
     stage.cut(ana)
     stage.settle(4)
     stage.talk(room, [mal, ana, bob], [])
+
+
+def test_attack_42_no_request_brings_a_removed_device_back(stage: Stage) -> None:
+    """Joins.linked passes over a device that is gone, Joins.prune drops it, and Room.addable adds none.
+
+    Seen to fail without: `gone.has(dev)` in linked and prune and `out.has(w.dev)` in addable, all three.
+    """
+    room, (ana, bob) = stage.meet("ana", "bob")
+    (laptop,) = fresh("laptop")
+    stage.start(laptop)
+    stage.linked(bob, laptop, room)
+    asked = stage.heard(ana, zsr.DownRequests)
+    owner, lost = stage.steal(bob, room), stage.steal(laptop, room)
+    stage.decree(ana, room, without=[stage.dev(laptop, room).hex()])
+    stage.settle(4)
+    assert len(stage.state(ana, room)["devices"]) == 2
+    owner = stage.steal(bob, room)
+    _, kempub = owner.leaves[stage.dev(ana, room)]
+    for inv in (b"e" * 16, b"f" * 16):
+        made, shown = entry(lost.keys, inv, sponsor=owner.keys)[1], leaf(lost.keys)
+        to, by = stage.dev(ana, room), owner.keys.dev
+        ct = hpke_seal(
+            kempub, E("share", owner.keys.room + inv + by + to), zsr.encode(SharedPsk(ZERO32, 1, 0, FAR_FUTURE))
+        )
+        share_m = zsr.encode(zsr.Share(owner.keys.room, by, to, inv, 0, hashlib.sha256(ct).digest()))
+        sealed = zsr.SealedShare(to, ct, sign(owner.keys.sig, "share", share_m))
+        body = zsr.LinkBody(shown.m, shown.sig, made.consent, made.sponsor_sig, inv, ZERO32, (sealed,))
+        stage.feed(ana, *asked, zsr.DownRequests((request(owner.keys, 1, zsr.encode(body), no=10**13),)))
+        assert stage.said(ana, zsr.UpCommit) == []
+    stage.settle(3)
+    assert len(stage.state(ana, room)["devices"]) == 2
+
+
+def test_a_share_is_believed_only_from_an_admin_of_the_head(stage: Stage) -> None:
+    """Joins.shared and Notary.openShare: who shares the way in is an admin, and has signed for this invite and me.
+
+    Seen to fail without: `!s.head?.admins.includes(by)` in Joins.shared, and without
+    `await verify(unhex(by.sigpub), 'share', m, sig);` in openShare.
+    """
+    room, (ana, bob, mal) = stage.meet("ana", "bob", "mal")
+    stage.appoint(room, ana, ana, bob)
+    insider, boss = stage.steal(mal, room), stage.steal(ana, room)
+    to, inv = stage.dev(bob, room), b"e" * 16
+    _, kempub = insider.leaves[to]
+
+    def shares(sender: Keys, by: PrivateKey, recipient: bytes = to) -> zsr.DownDirect:
+        info = E("share", sender.room + inv + sender.dev + to)
+        ct = hpke_seal(kempub, info, zsr.encode(SharedPsk(b"p" * 32, 0, 0, FAR_FUTURE)))
+        m = zsr.encode(zsr.Share(sender.room, sender.dev, recipient, inv, 0, hashlib.sha256(ct).digest()))
+        box = zsr.encode(zsr.ShareContent(inv, 0, ct, sign(by, "share", m)))
+        return zsr.DownDirect(2**40, 3, sender.dev, ZERO32, 0, box)
+
+    stage.feed(bob, shares(insider.keys, insider.keys.sig), shares(boss.keys, insider.keys.sig))
+    stage.feed(bob, shares(boss.keys, boss.keys.sig, insider.keys.dev))
+    assert stage.room(bob)["invites"] == []
+    stage.feed(bob, shares(boss.keys, boss.keys.sig))
+    assert [i["expiry"] for i in stage.room(bob)["invites"]] == [FAR_FUTURE]
 
 
 def test_attack_43_a_newcomer_gets_no_older_words_by_replay_or_by_asking(stage: Stage) -> None:
