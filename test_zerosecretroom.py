@@ -11411,6 +11411,80 @@ def test_a_link_works_once(arrive: Arrive, relay: Relay, engine: str) -> None:
     assert not cem.find("log", "Messages").count()
 
 
+def device_link(user: User, *, choose: bool = False) -> str:
+    """A link for one more device, with all rooms."""
+    devices = user.find("dialog", "Devices")
+    if not devices.count():
+        user.click("button", "Devices")
+    devices.find("button", "Link a device").click()
+    if choose:
+        user.find("dialog", "Link a device").find("button", "Make link").click()
+    box = user.find("textbox", "Device link")
+    link = eventually(box.value, "a link is made")
+    user.press("Escape")
+    box.vanishes()
+    return link
+
+
+def link_by(user: User, link: str, device: str) -> None:
+    user.goto(link)
+    user.find("heading", "Link this device").appears()
+    user.fill("Device name", device)
+    user.css("#invited-join").click()
+
+
+@on_engines()
+def test_add_a_laptop(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """Ann's second device has her name, her rooms and what was said there; Bob's waits for Ann, whoever reloads."""
+    ann, bob = meet(arrive, relay, engine)
+    write(ann, "from before")
+    hears(bob, "from before")
+    laptop = arrive(engine)
+    link_by(laptop, device_link(ann), "Kitchen laptop")
+    laptop.find("heading", "Harbour", level=1).appears()
+    hears(laptop, "from before")
+    eventually(lambda: "Ann linked a device" in bob.css("body").text(), "Bob sees that Ann has one more device")
+    assert "has changed" in bob.css("body").text(), "and is warned of one more key"
+    assert "has changed" not in ann.css("body").text()
+    write(laptop, "from the laptop")
+    hears(ann, "from the laptop")
+    hears(bob, "from the laptop")
+    assert bob.find("article", re.compile("^Ann")).count() >= 2, "one person, however many devices"
+    if not ann.find("dialog", "Devices").count():
+        ann.click("button", "Devices")
+    devices = ann.find("dialog", "Devices").find("list", "Devices")
+    eventually(lambda: "Kitchen laptop" in devices.text(), "the new device is listed by its name")
+    bobs = device_link(bob)
+    away = ann.js("location.href")
+    for one in (ann, laptop):
+        one.goto("about:blank")
+    tablet = arrive(engine, PHONE)
+    link_by(tablet, bobs, "Tablet")
+    if not bob.find("dialog", "Devices").count():
+        bob.click("button", "Devices")
+    waiting = bob.find("dialog", "Devices").find("list", "On their way")
+    eventually(lambda: "Waiting for Ann" in waiting.text(), "Bob sees who is awaited")
+    tablet.find("heading", "Link this device").appears()
+    ann.goto(away)
+    tablet.find("heading", "Harbour", level=1).appears()
+    hears(tablet, "from before", "from the laptop")
+    write(tablet, "all in")
+    hears(ann, "all in")
+
+
+@on_engines()
+def test_all_ones_rooms_come_along_to_a_new_device(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, laptop = arrive(engine), arrive(engine)
+    make_room(ann, relay, "Harbour")
+    write(ann, "ahoy")
+    ann.goto(relay.url())
+    make_room(ann, relay, "Kitchen")
+    link_by(laptop, device_link(ann, choose=True), "Laptop")
+    laptop.find("heading", "Kitchen", level=1).appears()
+    rooms = laptop.css("#rooms")
+    eventually(lambda: "Harbour" in rooms.text(), "the other room has come along")
+
+
 @on_engines()
 def test_a_revoked_link_lets_nobody_in(arrive: Arrive, relay: Relay, engine: str) -> None:
     ann, bob = arrive(engine), arrive(engine, PHONE)
