@@ -2142,6 +2142,7 @@ class Top:
 class WelcomeContent:
     joiner: zsr.Key
     ch: zsr.Key
+    lamport: zsr.U64
     start: tuple[Top, ...]
 
 
@@ -2348,7 +2349,7 @@ def test_the_oracle_opens_what_it_seals() -> None:
     listing = roster(room, under, ann, 1, entries, consumed=[used(inv_id, ben)])
     second = commit(first, under, listing, ann, [ben], joiners=frozenset({ben.dev}))
     assert open_slot(second.unit, ben) == second.epoch
-    content = WelcomeContent(second.epoch.joiner, second.ch, ())
+    content = WelcomeContent(second.epoch.joiner, second.ch, 7, ())
     ct = seal_welcome(ann, ben, inv_id, psk, joinct, content)
     assert open_welcome(ben, ann.dev, inv_id, psk, joinct, ct) == content
     rotated = commit(second, under, listing, ben, [ann], reason=1)
@@ -6976,6 +6977,8 @@ class TestConversation:
         lab.do(ana, "send", text="after")
         lab.settle()
         assert lab.texts(bob) == ["after"]
+        kinds = [m["kind"] for m in lab.room(ana)["messages"]]
+        assert kinds[-3:] == ["text", "joined", "text"], "who comes stands below what was said before"
         assert all(row[4] != "before" for row in lab.stored(bob, room))
         assert lab.texts(ana) == ["before", "after"]
 
@@ -8321,7 +8324,7 @@ def test_attack_05_a_forged_welcome_is_refused(stage: Stage) -> None:
     asked = [f for f in stage.up[bob] if isinstance(f, zsr.UpJoin)][-1]
     shown = next(f for f in stage.up[bob] if isinstance(f, zsr.UpHello)).leaves[0]
     kempub = zsr.decode(zsr.Leaf, shown.m).kempub
-    content = zsr.encode(WelcomeContent(epoch.joiner, epoch.ch, (Top(stage.dev(ana, room), 10**6, b"h" * 32),)))
+    content = zsr.encode(WelcomeContent(epoch.joiner, epoch.ch, 0, (Top(stage.dev(ana, room), 10**6, b"h" * 32),)))
     for by in (stage.dev(ana, room), insider.keys.dev):
         info = welcome_info(insider.keys.room, asked.inv_id, by, asked.sealed[0].ct)
         for ct in (hpke_seal(kempub, info, content), hpke_seal(kempub, info, content, b"", bytes(32), asked.inv_id)):
