@@ -2583,7 +2583,6 @@ class Rooms:
             for dev in asked.devs - {request.dev}:
                 seat = room.seats.get(dev)
                 if seat and seat.peer:
-                    self._show_cut(seat.peer)
                     self._turn_away(seat.peer, "this device was unlinked", now)
 
     def _same(self, room: Room, asked: Asked) -> list[bytes]:
