@@ -12386,6 +12386,13 @@ def test_a_passphrase_is_set_asked_for_changed_and_removed(arrive: Arrive, relay
     hears(bob, "line 3")
 
 
+def is_another_page(user: User, mark: str) -> bool:
+    """Whether the page that had this mark is gone, and the next one is there; neither can be asked in between."""
+    with contextlib.suppress(pw.Error, WebDriverError, RuntimeError):
+        return bool(user.js(f"window.{mark} === undefined && document.readyState === 'complete'"))
+    return False
+
+
 SLEEP_SCRIPT = """(() => {
   const {now} = Date;
   Date.now = () => now() + %d;
@@ -12458,9 +12465,11 @@ def test_everything_goes_to_another_browser_and_is_erased_here(
     passphrases(ann, "Set passphrase", next=PHRASE, again=PHRASE)
     ann.reload()
     is_locked(ann)
+    ann.js("void (window.erased = false)")
     ann.click("button", "Erase everything on this device")
     ann.click("button", "Erase")
     ann.click("button", "Erase for good")
+    eventually(lambda: is_another_page(ann, "erased"), "the page loads anew")
     ann.find("button", "New room").appears()
     ann.reload()
     ann.find("button", "New room").appears()
@@ -12512,7 +12521,8 @@ def test_attack_39_in_a_browser_guesses_and_altered_records_overwrite_nothing(
 def test_attack_37_of_two_tabs_one_works_and_nothing_is_signed_twice(arrive: Arrive, relay: Relay, engine: str) -> None:
     """The second tab says so and may take over; what the first one was writing then is sent once, or not at all.
 
-    Mutation: `taken` in Store's keep never true and a `yield` that closes the vault last: two events at one place."""
+    Mutation: `taken` in Store's keep never true, and a `yield` that closes the vault last. Seen to fail here in every
+    second run, as a race does, and always in TestStore (only the last one that took the store writes)."""
     ann, bob = meet(arrive, relay, engine)
     write(ann, "line 1")
     hears(bob, "line 1")
