@@ -1129,7 +1129,7 @@ const answer = async (text) => {
 };
 readline.createInterface({input: process.stdin}).on('line', async (text) => {
   process.stdout.write(JSON.stringify(await answer(text)) + '\n');
-});
+}).on('close', () => process.exit()); // whatever timers the page still has
 """
 
 
