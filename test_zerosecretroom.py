@@ -7718,6 +7718,49 @@ class TestMembership:
             lab.do(bob, "rotate")
         agree(lab, room, [ana, bob, cleo], [])
 
+    @pytest.mark.parametrize(("history", "seen"), [(0, []), (1, ["m1", "m2"]), (2, ["m0", "m1", "m2"])])
+    def test_newcomers_read_from_where_the_rules_say(self, lab: Laboratory, history: int, seen: list[str]) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "policy", history=history)
+        lab.settle(8)
+        lab.do(bob, "send", text="m0")
+        lab.settle(4)
+        lab.do(ana, "rotate")
+        lab.settle(14)
+        lab.do(cleo, "send", text="m1")
+        lab.settle(4)
+        lab.do(ana, "send", text="m2")
+        lab.settle(8)
+        (dora,) = fresh("dora")
+        lab.start(dora)
+        lab.join(ana, dora)
+        lab.settle(20)
+        assert lab.texts(dora) == seen
+        assert sorted(row[4] for row in lab.stored(dora, room) if row[4]) == seen
+        assert [m["kind"] for m in lab.room(dora)["messages"]].count("missing") == 0
+        agree(lab, room, [ana, bob, cleo], ["m0", "m1", "m2"])
+
+    def test_two_weeks_away_and_nothing_is_missing(self, clients: Node) -> None:
+        lab = Laboratory(clients, ttl=3600.0)
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "policy", rotate_after=3)
+        lab.settle(8)
+        lab.away(cleo)
+        said = [f"m{n}" for n in range(12)]
+        for n, text in enumerate(said):
+            lab.do((ana, bob)[n % 2], "send", text=text)
+            lab.settle(12)
+        for _ in range(14):
+            lab.tick(86_400)
+            lab.settle(4)
+        lab.kill()
+        lab.settle(8)
+        lab.start(cleo)
+        lab.settle(90)
+        assert lab.texts(cleo) == said
+        assert lab.room(cleo)["notes"] == []
+        agree(lab, room, [ana, bob, cleo], said)
+
     def test_two_people_compare_numbers_and_a_changed_one_is_refused(self, lab: Laboratory) -> None:
         _, (ana, bob, cleo) = room_of_three(lab)
         mine = lab.do(ana, "safety", member=self.id(lab, ana, bob))
