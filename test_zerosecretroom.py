@@ -13012,6 +13012,7 @@ def servers(tmp_path: Path) -> Iterator[tuple[Relay, Relay]]:
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(1800)  # a thousand arrive one after another
 @pytest.mark.parametrize(("size", "rounds", "bare_rounds"), [(100, 25, 2), (1000, 3, 1)])
 def test_a_delivery_costs_a_fraction_of_a_bare_broadcast(
     servers: tuple[Relay, Relay], size: int, rounds: int, bare_rounds: int, capsys: pytest.CaptureFixture[str]
