@@ -7718,6 +7718,23 @@ class TestMembership:
             lab.do(bob, "rotate")
         agree(lab, room, [ana, bob, cleo], [])
 
+    def test_keys_change_after_so_many_hours_before_anything_is_sealed_with_them(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "policy", rotate_hours=1)
+        lab.settle(8)
+        epoch = lab.state(ana, room)["epoch"]
+        lab.do(bob, "send", text="within the hour")
+        lab.settle(8)
+        assert lab.state(bob, room)["epoch"] == epoch
+        for _ in range(80):
+            lab.tick(50)
+            lab.drain()
+        lab.do(bob, "send", text="an hour later")
+        lab.settle(12)
+        assert lab.state(cleo, room)["epoch"] == epoch + 1
+        assert lab.room(cleo)["stale"] == ""
+        agree(lab, room, [ana, bob, cleo], ["within the hour", "an hour later"])
+
     @pytest.mark.parametrize(("history", "seen"), [(0, []), (1, ["m1", "m2"]), (2, ["m0", "m1", "m2"])])
     def test_newcomers_read_from_where_the_rules_say(self, lab: Laboratory, history: int, seen: list[str]) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
