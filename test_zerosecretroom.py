@@ -7579,6 +7579,9 @@ class TestMembership:
         lab.do(cleo, "send", text="he goes")  # sealed to nobody before he is out
         lab.settle(4)
         assert "he goes" not in lab.texts(bob)
+        assert [(n["text"], n["params"]) for n in lab.room(cleo)["notes"]] == [
+            ("unsealed", {"name": bob, "admins": ana})
+        ]
         lab.away(bob)
         lab.kill()
         lab.settle(4)
@@ -7590,6 +7593,7 @@ class TestMembership:
         assert lab.room(bob)["notes"] == []
         agree(lab, room, [ana, cleo], ["he goes"])
         assert self.kinds(lab, ana) == [("left", bob, "")]
+        assert lab.room(cleo)["notes"] == []
 
     def test_admins_are_made_and_unmade_by_the_creator_alone(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
