@@ -7576,6 +7576,7 @@ class TestMembership:
         lab.do(bob, "leaveRoom")
         lab.settle(4)
         assert self.member(lab, cleo, bob)["removing"]
+        assert [(n["text"], n["params"]["admins"]) for n in lab.room(bob)["notes"]] == [("leaving", ana)]
         lab.do(cleo, "send", text="he goes")  # sealed to nobody before he is out
         lab.settle(4)
         assert "he goes" not in lab.texts(bob)
