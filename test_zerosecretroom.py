@@ -12615,6 +12615,298 @@ def test_attack_37_of_two_tabs_one_works_and_nothing_is_signed_twice(arrive: Arr
         assert "two different messages" not in user.text_of_page()
 
 
+# ----------------------------------------------------------------------------------------- a year with other people --
+
+
+def side(user: User, name: str) -> Spot:
+    """The dialog Members, Devices or Settings of the open room."""
+    dialog = user.find("dialog", name)
+    if not dialog.count():
+        user.click("button", name)
+    return dialog.appears()
+
+
+def close_side(user: User, name: str) -> None:
+    user.find("dialog", name).find("button", "Close").click()
+
+
+def people_of(user: User) -> Spot:
+    return side(user, "Members").find("list", "Members")
+
+
+def answer(user: User, question: str, yes: str) -> str:
+    """Says yes to what the page asks before it acts; gives what it had to say."""
+    dialog = user.find("dialog", question).appears()
+    text = dialog.text()
+    dialog.find("button", yes).click()
+    dialog.vanishes()
+    return text
+
+
+def shows(user: User, text: str) -> None:
+    eventually(lambda: text in " ".join(user.text_of_page().split()), f"{text!r} is shown")
+
+
+def is_calm(user: User) -> bool:
+    return not any("Warning:" in text for text in user.find("alert").texts())
+
+
+def digits_of(dialog: Spot) -> list[str]:
+    """The groups of the safety number, once they are there."""
+    return eventually(lambda: dialog.css("#digits").text().split(), "there is a number")
+
+
+@on_engines()
+def test_story_a_friend_is_removed(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """Who is removed is told at once and keeps what was there; the others talk on; the name alone lets nobody back."""
+    ann, bob = meet(arrive, relay, engine)
+    cem, other = arrive(engine, PHONE), arrive(engine, PHONE)
+    join_by(cem, make_link(ann), "Cem")
+    write(ann, "line 1")
+    hears(bob, "line 1")
+    write(cem, "line 2")
+    hears(ann, "line 2")
+    hears(cem, "line 1")
+    assert not people_of(bob).find("button", "Remove Cem").count(), "only admins remove"
+    close_side(bob, "Members")
+    people_of(ann).find("button", "Remove Cem").click()
+    assert "Cem gets nothing that is written after" in answer(ann, "Remove Cem", "Remove from the room")
+    shows(cem, "You were removed from this room.")
+    cem.find("textbox", "Message").vanishes()
+    for user in (ann, bob):
+        shows(user, "Ann removed Cem.")
+    people_of(ann).says("Bob")
+    eventually(lambda: "Cem" not in people_of(ann).text(), "Cem is not listed any more")
+    close_side(ann, "Members")
+    write(bob, "line 3")
+    hears(ann, "line 3")
+    is_delivered(bob, "line 3")
+    cem.reload()
+    shows(cem, "You were removed from this room.")
+    assert numbered(cem) == ["line 1", "line 2"]
+    join_by(other, make_link(ann), "cem")
+    for user in (ann, bob):
+        shows(user, "Somebody else here goes by cem")
+    ann.click("button", "Verify cem")
+    ann.find("dialog", "Verify cem").says("Safety number")
+    ann.press("Escape")
+    write(other, "line 4")
+    hears(bob, "line 4")
+    is_delivered(other, "line 4")
+    assert numbered(cem) == ["line 1", "line 2"], "nothing reaches who was removed"
+    dialog = side(cem, "Settings")
+    assert not dialog.find("button", "Leave room").count()
+    dialog.find("button", "Delete this room from this device").click()
+    answer(cem, "Delete this room from this device", "Delete room")
+    cem.find("button", "New room").appears()
+    assert "Harbour" not in cem.text_of_page()
+
+
+@on_engines()
+def test_story_a_phone_is_lost(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """Bob, no admin, removes his phone while no admin is there: it is shut out at once, and out of the keys later."""
+    ann, bob = arrive(engine), arrive(engine)
+    make_room(ann, relay)
+    join_by(bob, make_link(ann), "Bob")
+    phone = arrive(engine, PHONE)
+    link_by(phone, device_link(bob), "Phone")
+    phone.find("heading", "Harbour", level=1).appears()
+    is_connected(phone)
+    write(phone, "line 1")
+    hears(bob, "line 1")
+    is_delivered(phone, "line 1")
+    home = ann.js("location.href")
+    ann.goto("about:blank")
+    devices = side(bob, "Devices").find("list", "Devices")
+    devices.find("button", "Remove device Phone").click()
+    assert "The relay shuts it out now" in answer(bob, "Remove device Phone", "Remove this device")
+    devices.says("Waiting for Ann to remove it")
+    shows(bob, "goes out once Ann is back")
+    shows(phone, "Another device of yours put this one out of the room.")
+    phone.find("textbox", "Message").vanishes()
+    write(bob, "line 2")
+    ann.goto(home)
+    hears(ann, "line 2")
+    eventually(lambda: "Phone" not in devices.text(), "the phone is gone from the list")
+    is_delivered(bob, "line 2")
+    write(ann, "line 3")
+    hears(bob, "line 3")
+    is_delivered(ann, "line 3")
+    phone.reload()
+    shows(phone, "What you have stays readable")
+    assert numbered(phone) == ["line 1"]
+    assert people_of(ann).text().count("Bob") == 1
+    assert "devices" not in people_of(ann).text().replace("\xa0", " ")
+    for user in (ann, bob):
+        assert is_calm(user)
+
+
+@on_engines()
+def test_story_two_weeks_away(arrive: Arrive, tmp_path: Path, engine: str) -> None:
+    """Cem closes the page. Keys change, people come and go, the relay keeps nothing; then Cem has all, as the others."""
+    relay = Relay(tmp_path / "relay", "--ttl", "1s").start()
+    try:
+        ann, bob = meet(arrive, relay, engine)
+        cem, dora = arrive(engine, PHONE), arrive(engine)
+        join_by(cem, make_link(ann), "Cem")
+        for user in (ann, bob, cem):
+            user.excuse()
+        write(cem, "line 1")
+        hears(ann, "line 1")
+        hears(bob, "line 1")
+        home = cem.js("location.href")
+        cem.goto("about:blank")
+        write(ann, "line 2")
+        hears(bob, "line 2")
+        for number in (3, 4):
+            side(ann, "Settings").find("button", "Rotate keys now").click()
+            ann.find("dialog", "Settings").says("The keys change now.")
+            write(bob, f"line {number}")
+            hears(ann, f"line {number}")
+        close_side(ann, "Settings")
+        join_by(dora, make_link(ann), "Dora")
+        write(dora, "line 5")
+        hears(ann, "line 5")
+        hears(bob, "line 5")
+        people_of(ann).find("button", "Remove Dora").click()
+        answer(ann, "Remove Dora", "Remove from the room")
+        close_side(ann, "Members")
+        shows(dora, "You were removed from this room.")
+        dora.goto("about:blank")
+        relay.restart()
+        is_connected(ann)
+        is_connected(bob)
+        write(ann, "line 6")
+        hears(bob, "line 6")
+        bob.goto("about:blank")
+        cem.goto(home)
+        is_connected(cem)
+        hears(cem, *(f"line {number}" for number in range(1, 7)))
+        assert numbered(cem) == numbered(ann)
+        write(cem, "line 7")
+        hears(ann, "line 7")
+        assert cem.find("article", re.compile("^Dora")).count() == 1
+        for user in (ann, cem):
+            assert "missing here" not in user.text_of_page()
+            assert is_calm(user)
+    finally:
+        relay.kill()
+
+
+@on_engines()
+def test_story_two_people_compare_their_numbers(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    numbers = []
+    for user, other in ((ann, "Bob"), (bob, "Ann")):
+        people_of(user).find("button", f"Verify {other}").click()
+        dialog = user.find("dialog", f"Verify {other}")
+        numbers.append("".join(digits_of(dialog)))
+        assert re.fullmatch(r"\d{30}", numbers[-1])
+        dialog.find("img", "QR code").appears()
+    assert numbers[0] == numbers[1]
+    dialog = ann.find("dialog", "Verify Bob")
+    wrong = f"{numbers[1][:-1]}{(int(numbers[1][-1]) + 1) % 10}"
+    for typed, told in ((wrong, "Warning: the numbers differ."), (numbers[1][:-1], "This one has 29")):
+        dialog.find("textbox", "Their number").fill(typed)
+        dialog.find("button", "Compare").click()
+        dialog.says(told)
+    dialog.find("button", "Close").click()
+    assert "verified" not in people_of(ann).text()
+    people_of(ann).find("button", "Verify Bob").click()
+    dialog.find("button", "Show all of it").click()
+    eventually(lambda: len(digits_of(dialog)) == 12, "all of it is shown")
+    dialog.find("textbox", "Their number").fill(" ".join(re.findall("\\d{5}", numbers[1])))
+    dialog.find("button", "Compare").click()
+    dialog.says("It matches: Bob is verified now.")
+    dialog.find("button", "Close").click()
+    people_of(ann).says("verified")
+    ann.reload()
+    people_of(ann).says("verified")
+    bob.find("dialog", "Verify Ann").find("button", "We compared it aloud: it matches").click()
+    bob.find("dialog", "Verify Ann").says("It matches: Ann is verified now.")
+    bob.find("dialog", "Verify Ann").find("button", "Not verified any more").click()
+    bob.find("dialog", "Verify Ann").find("button", "Close").click()
+    eventually(lambda: "verified" not in people_of(bob).text(), "the mark is taken back")
+    rooms = []
+    for user in (ann, bob):
+        side(user, "Members").find("button", "Verify this room").click()
+        rooms.append(digits_of(user.find("dialog", "Verify this room")))
+    assert rooms[0] == rooms[1]
+
+
+@on_engines()
+def test_story_an_admin_says_yes_and_the_creator_leaves(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    cem, dora = arrive(engine, PHONE), arrive(engine, PHONE)
+    dialog = side(ann, "Settings")
+    dialog.find("button", "Leave room").click()
+    question = ann.find("dialog", "Leave Harbour")
+    question.says("You are the only admin here.")
+    question.find("button", "Not now").click()
+    assert fault_of(ann, "leaveRoom") == "last-admin"
+    choose(dialog, "Who joins", "1")
+    dialog.find("button", "Save rules").click()
+    dialog.says("Saved.")
+    people_of(ann).find("button", "Make admin Bob").click()
+    shows(bob, "Ann made Bob an admin.")
+    side(bob, "Settings").says("Whoever an admin says yes to")
+    close_side(bob, "Settings")
+    close_side(ann, "Members")
+    for newcomer, name in ((cem, "Cem"), (dora, "Dora")):
+        newcomer.goto(make_link(ann))
+        newcomer.fill("Your name", name)
+        newcomer.click("button", "Join")
+        newcomer.find("heading", "You are invited").appears()
+        waiting = bob.find("list", "Waiting to be let in")
+        waiting.says(f"{name} asks to be let in")
+        mine = eventually(newcomer.css("#invited-print").text, "the newcomer sees the fingerprint")
+        assert mine in waiting.text()
+        bob.click("button", f"{'Refuse' if newcomer is cem else 'Let in'} {name}")
+        waiting.vanishes()
+    shows(cem, "An admin did not let you in.")
+    dora.find("heading", "Harbour", level=1).appears()
+    ann.find("list", "Waiting to be let in").vanishes()
+    write(dora, "line 1")
+    hears(ann, "line 1")
+    side(ann, "Settings").find("button", "Leave room").click()
+    assert "The others are told" in answer(ann, "Leave Harbour", "Leave")
+    shows(ann, "You left this room.")
+    ann.find("textbox", "Message").vanishes()
+    for user in (bob, dora):
+        shows(user, "Ann left.")
+    write(bob, "line 2")
+    hears(dora, "line 2")
+    is_delivered(bob, "line 2")
+    assert numbered(ann) == ["line 1"]
+    people_of(bob).find("button", "Remove Dora").click()
+    answer(bob, "Remove Dora", "Remove from the room")
+    shows(dora, "You were removed from this room.")
+
+
+@on_engines()
+def test_story_the_relay_has_another_key(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    for user in (ann, bob):
+        user.excuse()
+    relay.kill()
+    (relay.state / zsr.IDENTITY_KEY).unlink()
+    relay.start()
+    for user in (ann, bob):
+        user.css("#notes").says("Warning: this relay has a new key.")
+    write(ann, "line 1")
+    assert "Sending" in eventually(lambda: article(ann, "line 1"))
+    for user in (ann, bob):
+        user.click("button", "Use the new key")
+        assert "Do this only if" in answer(user, "Use the new key", "Use this key")
+        is_connected(user)
+        eventually(functools.partial(is_calm, user), "the alarm is over")
+    hears(bob, "line 1")
+    is_delivered(ann, "line 1")
+    bob.reload()
+    is_connected(bob)
+    assert "new key" not in bob.text_of_page()
+
+
 # ------------------------------------------------------------------------------------------------------ long, narrow --
 
 
