@@ -6986,11 +6986,11 @@ const Lab = (() => {
   };
   const idle = async (name) => {
     const client = clients.get(name);
-    for (let quiet = 0; quiet < 2; quiet += 1) {
+    for (let quiet = 0; quiet < 3; quiet += 1) {
       for (const talk of client.session?.rooms.values() ?? []) await Promise.all([talk.idle(), talk.chunks]);
       await new Promise((go) => { setImmediate(go); });
-      await new Promise((go) => { setTimeout(go); });
     }
+    await new Promise((go) => { setTimeout(go); });
   };
   const out = (name) => clients.get(name).out.splice(0);
   const line = (name, id) => clients.get(name).lines.get(id);
@@ -7007,12 +7007,15 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
-  const pass = async (name, ms) => {
-    const client = clients.get(name), due = client.timers.filter((t) => t.at <= time);
-    client.timers = client.timers.filter((t) => t.at > time);
-    for (const t of due.sort((a, b) => a.at - b.at)) t.run();
-    await idle(name);
-    return out(name);
+  const pass = async (names) => {
+    const late = names.filter((name) => clients.get(name).timers.some((t) => t.at <= time));
+    await Promise.all(late.map((name) => {
+      const client = clients.get(name), due = client.timers.filter((t) => t.at <= time);
+      client.timers = client.timers.filter((t) => t.at > time);
+      for (const t of due.sort((a, b) => a.at - b.at)) t.run();
+      return idle(name);
+    }));
+    return late.map((name) => [name, out(name)]);
   };
   const advance = (ms) => { time += ms; };
   const next = () => Math.min(Infinity, ...[...clients.values()].flatMap((c) => c.timers.map((t) => t.at))) - time;
@@ -7033,6 +7036,19 @@ const Lab = (() => {
   };
   const stored = async (name, id) => (await clients.get(name).session.store.events(id, {before: null, limit: 100000})).map((e) => [e.lam, e.dev, e.i,
     Notary.contentOf(Keeper.unrecord(e.value).item)]).map(([lam, dev, i, c]) => [lam, dev, i, c.kind, c.whole && c.kind === 'text' ? c.body.text : '']);
+  const facts = async (name, id) => {
+    const {session} = clients.get(name), talk = session.rooms.get(id);
+    if (!talk) return {state: ''};
+    const {s, view, desk: {notes}} = talk, h = s.head, of = (map, what) => Object.fromEntries([...map?.values() ?? []].map((e) => [e.dev, e[what]]));
+    const events = (await session.store.events(id, {before: null, limit: 100000})).map((e) => [e, Notary.contentOf(Keeper.unrecord(e.value).item)]);
+    return {dev: s.dev, state: view.state, join: view.join?.state ?? '', by: view.join?.by ?? '', link: view.join?.inv_id ?? '', links: [...view.invites.keys()], notes, alarms: s.alarms, outbox: [...s.outbox.keys()], requests: view.requests.size,
+      undone: Object.entries({pending: s.pending, target: s.target, split: s.split, lost: s.lost}).filter(([, x]) => x).map(([k]) => k),
+      wishes: [...s.removing, ...s.want.keys(), ...s.amend.promote, ...s.amend.demote, ...Object.keys(s.amend.policy)],
+      head: h && {ch: h.ch, epoch: h.epoch, admins: h.admins}, devices: of(h?.devices, 'from'), gone: of(h?.gone, 'last'),
+      members: Object.fromEntries([...s.devices].map(([d, e]) => [d, e.member])), tops: Object.fromEntries([...s.authors].map(([d, a]) => [d, a.top])),
+      known: [...s.known.values()].map((k) => [k.ch, k.parent, k.roster]), rosters: [...s.rosters].map(([r, x]) => [r, [...x.devices]]),
+      events: events.map(([e, c]) => [e.lam, e.dev, e.i, c.ch, c.kind, c.whole, c.whole && c.kind === 'text' ? c.body.text : ''])};
+  };
   const wall = () => 1_700_000_000_000 + time;
   const rooms = (name) => [...clients.get(name).session.rooms.keys()];
   const dev = (name, id) => clients.get(name).session.rooms.get(id).s.dev;
@@ -7065,7 +7081,7 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
-  return {faults, decree, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session};
+  return {faults, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session};
 })();
 """
 
@@ -7207,8 +7223,8 @@ class Laboratory:
         self.wall += int(seconds * 1000)
         self.node.call("Lab.advance", int(seconds * 1000))
         self._effects(self.rooms.expire(self.clock))
-        for name in self.names:
-            self._heed(name, self.node.call("Lab.pass", name))
+        for name, out in self.node.call("Lab.pass", self.names):
+            self._heed(name, out)
 
     def drain(self, limit: int = 20_000) -> None:
         """Deliver until nothing is under way."""
@@ -7239,6 +7255,9 @@ class Laboratory:
 
     def stored(self, name: str, room: str) -> list[Any]:
         return list(self.node.call("Lab.stored", name, room))
+
+    def facts(self, name: str, room: str) -> Any:
+        return self.node.call("Lab.facts", name, room)
 
     def state(self, name: str, room: str) -> Any:
         return self.node.call("Lab.state", name, room)
@@ -8078,6 +8097,274 @@ def test_no_schedule_of_losses_kills_and_crashes_loses_or_doubles_a_message(
             lab.crash(name)
     lab.settle(60)
     agree(lab, room, people, said)
+
+
+class Saga:
+    """A room over whose people a schedule goes, and what was meant to come of it."""
+
+    MOST = 7
+    OPS = (
+        *("send",) * 8,
+        *("move",) * 10,
+        *("tick",) * 4,
+        *("cut", "cut", "crash", "crash", "kill", "mute", "away", "back", "back", "hour"),
+        *("join", "join", "again", "link", "link", "remove", "remove", "leave", "unlink"),
+        *("promote", "promote", "demote", "rotate", "rotate", "policy", "admit"),
+    )
+
+    def __init__(self, lab: Laboratory, history: int) -> None:
+        self.lab = lab
+        self.room, self.people = room_of_three(lab)
+        self.asleep: set[str] = set()
+        self.said: dict[str, str] = {}
+        self.links: list[str] = []
+        self.out: dict[str, str] = {}
+        if history:
+            lab.do(self.people[0], "policy", history=history)
+            lab.settle(4)
+
+    def facts(self, name: str) -> Any:
+        return self.lab.facts(name, self.room)
+
+    def seen(self, name: str) -> Any:
+        """The room as this person sees it, or nothing where it is not in it."""
+        if name in self.asleep:
+            return None
+        model = self.lab.model(name)
+        if model["at"] != "room" and any(r["id"] == self.room and r["state"] == "member" for r in model["rooms"]):
+            self.lab.do(name, "go", to={"at": "room", "id": self.room})
+            model = self.lab.model(name)
+        return model["room"] if model["at"] == "room" and model["room"]["state"] == "member" else None
+
+    def who(self, x: int, may: Callable[[Any], Any]) -> tuple[str, Any]:
+        """Somebody who is here and may do it, and the room as it is there."""
+        found = [(name, room) for name in self.people if (room := self.seen(name)) and may(room)]
+        return found[x % len(found)] if found else ("", None)
+
+    def newcomer(self, link: str) -> None:
+        if len(self.people) < self.MOST:
+            (name,) = fresh("new")
+            self.people.append(name)
+            self.lab.start(name)
+            self.lab.do(name, "link", text=link)
+            self.lab.do(name, "join", name=name)
+
+    def do(self, op: str, x: int) -> None:
+        with contextlib.suppress(Refused):
+            getattr(self, op)(x)
+
+    def send(self, x: int) -> None:
+        if name := self.who(x, bool)[0]:
+            text = f"m{len(self.said)}"
+            self.lab.do(name, "send", text=text)
+            self.said[text] = name
+
+    def mute(self, x: int) -> None:
+        """Accepted and on the disk, and the page dies before a byte of it has left."""
+        if name := self.who(x, bool)[0]:
+            self.lab.node.call("Lab.mute", name, True)
+            self.send(x)
+            self.lab.crash(name)
+
+    def move(self, x: int) -> None:
+        for _ in range(1 + x % 12):
+            if moves := self.lab.moves():
+                self.lab.move(*moves[x % len(moves)])
+
+    def tick(self, x: int) -> None:
+        self.lab.tick(0.1 + x % 60 / 10)
+
+    def hour(self, x: int) -> None:
+        self.lab.tick(3600 * (1 + x % 3))
+
+    def kill(self, _: int) -> None:
+        self.lab.kill()
+
+    def cut(self, x: int) -> None:
+        self.lab.cut(self.people[x % len(self.people)])
+
+    def crash(self, x: int) -> None:
+        name = self.people[x % len(self.people)]
+        if name not in self.asleep:
+            self.lab.crash(name)
+
+    def away(self, x: int) -> None:
+        name = self.people[x % len(self.people)]
+        if name not in self.asleep:
+            self.asleep.add(name)
+            self.lab.away(name)
+
+    def back(self, x: int) -> None:
+        if self.asleep:
+            name = sorted(self.asleep)[x % len(self.asleep)]
+            self.asleep.remove(name)
+            self.lab.start(name)
+
+    def join(self, x: int) -> None:
+        if name := self.who(x, lambda room: room["me"]["admin"])[0]:
+            self.links.append(self.lab.do(name, "invite", uses=1 + x % 2)["link"])
+            self.newcomer(self.links[-1])
+
+    def again(self, x: int) -> None:
+        if self.links:
+            self.newcomer(self.links[x % len(self.links)])
+
+    def link(self, x: int) -> None:
+        if len(self.people) < self.MOST and (name := self.who(x, bool)[0]):
+            self.newcomer(self.lab.do(name, "linkDevice", rooms=[self.room])["link"])
+
+    def upon(self, x: int, right: str, do: str) -> None:
+        """Somebody who may do it does it to one of those who it may be done to."""
+        name, room = self.who(x, lambda room: any(m["may"][right] for m in room["members"]))
+        if name:
+            able = [m["id"] for m in room["members"] if m["may"][right]]
+            self.lab.do(name, do, member=able[x // 16 % len(able)])
+
+    def remove(self, x: int) -> None:
+        self.upon(x, "remove", "remove")
+
+    def promote(self, x: int) -> None:
+        self.upon(x, "promote", "makeAdmin")
+
+    def demote(self, x: int) -> None:
+        self.upon(x, "demote", "unmakeAdmin")
+
+    def leave(self, x: int) -> None:
+        if name := self.who(x, bool)[0]:
+            self.lab.do(name, "leaveRoom")
+            f = self.facts(name)
+            self.out |= {d: "left" for d in f["devices"] if f["members"][d] == f["members"][f["dev"]]}
+
+    def unlink(self, x: int) -> None:
+        name, room = self.who(x, lambda room: len(room["devices"]) > 1)
+        if name:
+            dev = next(d["dev"] for d in room["devices"] if not d["you"])
+            self.lab.do(name, "removeDevice", dev=dev)
+            self.out.setdefault(dev, "removed")
+
+    def rotate(self, x: int) -> None:
+        if name := self.who(x, lambda room: room["me"]["rotates"])[0]:
+            self.lab.do(name, "rotate")
+
+    def policy(self, x: int) -> None:
+        y = x // 16
+        rules = [{"rotate_after": 1 + y % 9}, {"history": y % 3}, {"who": y % 2}, {"joins": y % 2}]
+        if name := self.who(x, lambda room: room["me"]["creator"])[0]:
+            self.lab.do(name, "policy", **rules[x % 4])
+
+    def admit(self, x: int, *, yes: bool = False) -> None:
+        name, room = self.who(x, lambda room: room["waiting"])
+        if name:
+            self.lab.do(name, "admit" if yes or x % 4 else "refuse", dev=room["waiting"][0]["dev"])
+
+    # -- the end
+    def end(self) -> None:
+        """Everybody comes back, and there is time for all that is due."""
+        while self.asleep:
+            self.back(0)
+        self.lab.settle(40)
+        for x in range(self.MOST):
+            self.admit(x, yes=True)
+        self.lab.settle(30)
+        if any(self.wrong()):
+            self.lab.settle(300)
+        wrong = [*self.wrong(), *self.lab.node.call("Lab.faults")]
+        assert not wrong, "\n".join(wrong)
+
+    def wrong(self) -> Iterator[str]:
+        """What is not as the protocol promises, in words."""
+        met = {name: f for name in self.people if (f := self.facts(name))["state"]}
+        heads = [f for f in met.values() if f["head"] and f["dev"] in f["devices"] and f["state"] == "member"]
+        if heads:
+            head = max(heads, key=lambda f: f["head"]["epoch"])
+            inside = {name: f for name, f in met.items() if f["dev"] in head["devices"]}
+            yield from self.members(head, inside, met)
+            yield from self.held(head, inside, met)
+
+    def members(self, head: Any, inside: dict[str, Any], met: dict[str, Any]) -> Iterator[str]:
+        admins = {name for name, f in inside.items() if f["dev"] in head["head"]["admins"]}
+        if strangers := set(head["devices"]) - {f["dev"] for f in met.values()}:
+            yield f"listed and nobody's: {strangers}"
+        for name, f in met.items():
+            bad = [n for n in f["notes"] if n["level"] == "alarm" or n["text"] == "heldBack"]
+            if f["alarms"] or bad:
+                yield f"{name} is alarmed: {f['alarms']} {bad}"
+            if name in inside:
+                if f["head"] != head["head"] or f["devices"] != head["devices"]:
+                    yield f"{name} has another head than the rest: {f['state']} {f['join']} {f['undone']}"
+                if f["state"] != "member" or f["dev"] in self.out:
+                    yield f"{name} is listed and {f['state']}; own word: {self.out.get(f['dev'])}"
+                if f["outbox"] or f["undone"] or f["wishes"]:
+                    yield f"{name} has left undone {f['outbox']} {f['undone']} {f['wishes']}"
+            elif f["head"] and f["state"] != self.out.get(f["dev"], "removed"):
+                yield f"{name} is out and does not know: {f['state']} {self.out.get(f['dev'])} {f['undone']}"
+            elif not f["head"] and f["state"] == "joining" and f["dev"] not in head["gone"]:
+                able = any(f["link"] in met[who]["links"] for who in (inside if f["by"] and admins else admins))
+                if able and f["join"] in ("new", "waiting", "admitted"):
+                    yield f"{name} was never let in: {f['join']}"
+
+    def held(self, head: Any, inside: dict[str, Any], met: dict[str, Any]) -> Iterator[str]:
+        known = {ch: (parent, roster) for f in met.values() for ch, parent, roster in f["known"]}
+        rosters = {roster: set(devices) for f in met.values() for roster, devices in f["rosters"]}
+        froms = {d: start for f in met.values() for d, start in f["devices"].items()}
+
+        def entitled(dev: str, ch: str) -> bool:
+            if ch in known and dev in rosters[known[ch][1]]:
+                return True
+            while ch in known and dev not in rosters[known[ch][1]]:
+                if ch == froms.get(dev):
+                    return True
+                ch = known[ch][0]
+            return False
+
+        def hidden(dev: str, i: int) -> bool:
+            return bool(i > head["gone"].get(dev, i))
+
+        pool = {(dev, i): row for f in inside.values() for row in f["events"] for dev, i in [row[1:3]]}
+        whole = {(r[1], r[2]): r for f in inside.values() for r in f["events"] if r[5] and not hidden(r[1], r[2])}
+        for name, f in met.items():
+            mine = {(r[1], r[2]): r for r in f["events"]}
+            for (dev, i), row in mine.items():
+                if row[5] and dev != f["dev"] and not entitled(f["dev"], row[3]):
+                    yield f"{name} has the body of {dev}.{i}, {row[6]!r}, and may not"
+            if name not in inside:
+                continue
+            for (dev, i), row in whole.items():
+                if entitled(f["dev"], row[3]) and not (mine.get((dev, i)) or [0] * 6)[5]:
+                    yield f"{name} lacks {dev}.{i}, {row[6]!r}: top {f['tops'].get(dev)}"
+                if mine.get((dev, i), row)[:5] != row[:5]:
+                    yield f"{name} has another {dev}.{i}"
+            for dev in {d for d, _ in pool}:
+                at = dev, f["tops"].get(dev, 0) + 1
+                if at in pool and not hidden(*at):
+                    yield f"{name} is kept back {at}"
+        for text, name in self.said.items():
+            if name in inside and [r[6] for r in inside[name]["events"]].count(text) != 1:
+                yield f"{text} of {name} is not there once"
+
+
+EXAMPLES = int(os.environ.get("ZSR_SCHEDULES", "10"))
+
+
+@given(
+    schedule=st.lists(st.tuples(st.sampled_from(Saga.OPS), st.integers(0, 2**10)), max_size=50),
+    seed=st.integers(1, 2**31),
+    history=st.integers(0, 2),
+)
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+def test_no_schedule_of_joins_removals_and_losses_leaves_anyone_astray(
+    clients: Node, schedule: list[tuple[str, int]], seed: int, history: int
+) -> None:
+    saga = Saga(Laboratory(clients, seed), history)
+    for op, x in schedule:
+        saga.do(op, x)
+    saga.end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9012,7 +9299,7 @@ def test_attack_41_a_request_attaches_only_what_its_sender_sponsors(stage: Stage
     def asks(attached: Entry) -> zsr.DownRequests:
         made = attached[1]
         body = zsr.LinkBody(shown.m, shown.sig, made.consent, made.sponsor_sig, inv, b"j" * 32, (sealed,))
-        return zsr.DownRequests((request(insider.keys, 1, zsr.encode(body), no=10**12),))
+        return zsr.DownRequests((request(insider.keys, 1, zsr.encode(body), no=10**12, expiry=stage.wall + 10**6),))
 
     for_bob, by_bob = (
         entry(eve, inv, sponsor=insider.keys, member=victim.keys.member),
@@ -9025,6 +9312,25 @@ def test_attack_41_a_request_attaches_only_what_its_sender_sponsors(stage: Stage
         assert stage.said(ana, zsr.UpCommit) == []
     stage.feed(ana, asks(entry(eve, inv, sponsor=insider.keys)))
     assert stage.said(ana, zsr.UpCommit), "its own it may"
+
+
+def test_attack_30_a_member_fills_nobodys_disk_with_devices_it_invents(stage: Stage) -> None:
+    """Joins.linked keeps of one device's link requests as many as a relay does.
+
+    Seen to fail without: `if (!old && this.crowded(by.dev)) return;`, and without `r.expiry > world.wall() + MOST_MS`.
+    """
+    room, (_, bob, mal) = stage.meet("ana", "bob", "mal")
+    insider = stage.steal(mal, room)
+
+    def asks(expiry: int) -> zsr.Signed:
+        eve, inv = new_device(bytes.fromhex(room)), os.urandom(16)
+        shown, made = leaf(eve), entry(eve, inv, sponsor=insider.keys)[1]
+        body = zsr.LinkBody(shown.m, shown.sig, made.consent, made.sponsor_sig, inv, bytes(32), ())
+        return request(insider.keys, 1, zsr.encode(body), no=10**12, expiry=expiry)
+
+    for days, kept in ((40, 0), (20, 16)):
+        stage.feed(bob, zsr.DownRequests(tuple(asks(stage.wall + days * 86_400_000) for _ in range(20))))
+        assert stage.facts(bob, room)["requests"] == kept
 
 
 def test_attack_41_the_relay_speaks_for_no_own_device(stage: Stage) -> None:
@@ -9115,7 +9421,11 @@ def test_attack_42_no_request_brings_a_removed_device_back(stage: Stage) -> None
         share_m = zsr.encode(zsr.Share(owner.keys.room, by, to, inv, 0, hashlib.sha256(ct).digest()))
         sealed = zsr.SealedShare(to, ct, sign(owner.keys.sig, "share", share_m))
         body = zsr.LinkBody(shown.m, shown.sig, made.consent, made.sponsor_sig, inv, ZERO32, (sealed,))
-        stage.feed(ana, *asked, zsr.DownRequests((request(owner.keys, 1, zsr.encode(body), no=10**13),)))
+        stage.feed(
+            ana,
+            *asked,
+            zsr.DownRequests((request(owner.keys, 1, zsr.encode(body), no=10**13, expiry=stage.wall + 10**6),)),
+        )
         stage.settle(3)
     assert len(stage.state(ana, room)["devices"]) == 2
     assert sum(isinstance(f, zsr.UpCommit) for f in stage.up[ana]) == commits + 1, "it was not even tried"
