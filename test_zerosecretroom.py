@@ -12946,6 +12946,21 @@ def test_an_idle_page_locks_itself_and_a_link_waits_for_the_passphrase(
     assert ann.js("location.hash") == ""
 
 
+def is_erased(user: User) -> None:
+    """Behind a passphrase, from the locked page, and for good."""
+    passphrases(user, "Set passphrase", next=PHRASE, again=PHRASE)
+    user.reload()
+    is_locked(user)
+    user.js("void (window.erased = false)")
+    user.click("button", "Erase everything on this device")
+    user.click("button", "Erase")
+    user.click("button", "Erase for good")
+    eventually(lambda: is_another_page(user, "erased"), "the page loads anew")
+    user.find("button", "New room").appears()
+    user.reload()
+    user.find("button", "New room").appears()
+
+
 @on_engines()
 def test_everything_goes_to_another_browser_and_is_erased_here(
     arrive: Arrive, relay: Relay, media: Media, engine: str
@@ -12989,17 +13004,7 @@ def test_everything_goes_to_another_browser_and_is_erased_here(
     ann.click("button", "Try now")
     eventually(lambda: "Another device of yours put this one out" in ann.text_of_page(), "and then that it is out")
     assert numbered(ann) == ["line 1", "line 2"]
-    passphrases(ann, "Set passphrase", next=PHRASE, again=PHRASE)
-    ann.reload()
-    is_locked(ann)
-    ann.js("void (window.erased = false)")
-    ann.click("button", "Erase everything on this device")
-    ann.click("button", "Erase")
-    ann.click("button", "Erase for good")
-    eventually(lambda: is_another_page(ann, "erased"), "the page loads anew")
-    ann.find("button", "New room").appears()
-    ann.reload()
-    ann.find("button", "New room").appears()
+    is_erased(ann)
     assert ann.find("list", "Rooms").count() == 0
     assert "Harbour" not in ann.text_of_page()
     for user in (ann, bob, new):
@@ -13118,6 +13123,15 @@ def digits_of(dialog: Spot) -> list[str]:
     return eventually(lambda: dialog.css("#digits").text().split(), "there is a number")
 
 
+def deletes_the_room(user: User) -> None:
+    dialog = side(user, "Settings")
+    assert not dialog.find("button", "Leave room").count()
+    dialog.find("button", "Delete this room from this device").click()
+    answer(user, "Delete this room from this device", "Delete room")
+    user.find("button", "New room").appears()
+    assert "Harbour" not in user.text_of_page()
+
+
 @on_engines()
 def test_story_a_friend_is_removed(arrive: Arrive, relay: Relay, engine: str) -> None:
     """Who is removed is told at once and keeps what was there; the others talk on; the name alone lets nobody back."""
@@ -13157,12 +13171,7 @@ def test_story_a_friend_is_removed(arrive: Arrive, relay: Relay, engine: str) ->
     hears(bob, "line 4")
     is_delivered(other, "line 4")
     assert numbered(cem) == ["line 1", "line 2"], "nothing reaches who was removed"
-    dialog = side(cem, "Settings")
-    assert not dialog.find("button", "Leave room").count()
-    dialog.find("button", "Delete this room from this device").click()
-    answer(cem, "Delete this room from this device", "Delete room")
-    cem.find("button", "New room").appears()
-    assert "Harbour" not in cem.text_of_page()
+    deletes_the_room(cem)
 
 
 @on_engines()
@@ -13204,6 +13213,18 @@ def test_story_a_phone_is_lost(arrive: Arrive, relay: Relay, engine: str) -> Non
         assert is_calm(user)
 
 
+def comes_and_goes(dora: User, ann: User, bob: User) -> None:
+    join_by(dora, make_link(ann), "Dora")
+    write(dora, "line 5")
+    hears(ann, "line 5")
+    hears(bob, "line 5")
+    people_of(ann).find("button", "Remove Dora").click()
+    answer(ann, "Remove Dora", "Remove from the room")
+    close_side(ann, "Members")
+    shows(dora, "You were removed from this room.")
+    dora.goto("about:blank")
+
+
 @on_engines()
 def test_story_two_weeks_away(arrive: Arrive, tmp_path: Path, engine: str) -> None:
     """Cem closes the page. Keys change, people come and go, the relay keeps nothing; then Cem has all, as the others."""
@@ -13227,15 +13248,7 @@ def test_story_two_weeks_away(arrive: Arrive, tmp_path: Path, engine: str) -> No
             write(bob, f"line {number}")
             hears(ann, f"line {number}")
         close_side(ann, "Settings")
-        join_by(dora, make_link(ann), "Dora")
-        write(dora, "line 5")
-        hears(ann, "line 5")
-        hears(bob, "line 5")
-        people_of(ann).find("button", "Remove Dora").click()
-        answer(ann, "Remove Dora", "Remove from the room")
-        close_side(ann, "Members")
-        shows(dora, "You were removed from this room.")
-        dora.goto("about:blank")
+        comes_and_goes(dora, ann, bob)
         relay.restart()
         is_connected(ann)
         is_connected(bob)
@@ -13297,17 +13310,21 @@ def test_story_two_people_compare_their_numbers(arrive: Arrive, relay: Relay, en
     assert rooms[0] == rooms[1]
 
 
+def may_not_leave(user: User, dialog: Any) -> None:
+    dialog.find("button", "Leave room").click()
+    question = user.find("dialog", "Leave Harbour")
+    question.says("You are the only admin here.")
+    assert not question.find("button", "Leave").count()
+    question.find("button", "Not now").click()
+    assert fault_of(user, "leaveRoom") == "last-admin"
+
+
 @on_engines()
 def test_story_an_admin_says_yes_and_the_creator_leaves(arrive: Arrive, relay: Relay, engine: str) -> None:
     ann, bob = meet(arrive, relay, engine)
     cem, dora = arrive(engine, PHONE), arrive(engine, PHONE)
     dialog = side(ann, "Settings")
-    dialog.find("button", "Leave room").click()
-    question = ann.find("dialog", "Leave Harbour")
-    question.says("You are the only admin here.")
-    assert not question.find("button", "Leave").count()
-    question.find("button", "Not now").click()
-    assert fault_of(ann, "leaveRoom") == "last-admin"
+    may_not_leave(ann, dialog)
     choose(dialog, "Who joins", "1")
     dialog.find("button", "Save rules").click()
     dialog.says("Saved.")
@@ -14009,7 +14026,7 @@ PLAIN_SEALS_SCRIPT = """(async () => {
   }));
   return Date.now() - begun;
 })()"""
-WATCH_SCRIPT = """(() => {
+COMMITS_SCRIPT = """(() => {
   const {prototype} = Desk.Desk, {commit} = prototype;
   window.heads = [];
   prototype.commit = async function (b) {
@@ -14025,7 +14042,7 @@ WATCH_SCRIPT = """(() => {
 def test_a_commit_of_150_devices_is_sealed_sent_and_opened_in_a_moment(arrive: Arrive, relay: Relay) -> None:
     ann, bob = meet(arrive, relay, "chromium")
     for user in (ann, bob):
-        user.js(WATCH_SCRIPT)
+        user.js(COMMITS_SCRIPT)
         user.js("Session.dispatch({do: 'rename', name: 'Somebody'}).then(() => 0)")
         user.wait("window.desk && desk.s.head && desk.s.link.live")
     ann.js(CROWD_SCRIPT)
@@ -14044,7 +14061,7 @@ def test_a_commit_of_150_devices_is_sealed_sent_and_opened_in_a_moment(arrive: A
     cleo = arrive("chromium")
     cleo.goto(relay.url())
     cleo.find("button", "New room").appears()
-    cleo.js(WATCH_SCRIPT)
+    cleo.js(COMMITS_SCRIPT)
     begun = cleo.js(
         f"Session.dispatch({{do: 'link', text: {json.dumps(link_)}}})"
         ".then(() => { const at = Date.now(); Session.dispatch({do: 'join', name: 'Cleo'}); return at; })"
