@@ -907,8 +907,11 @@ Arrive = Callable[..., User]
 
 
 @pytest.fixture
-def arrive(browsers: Browsers) -> Iterator[Arrive]:
-    """arrive("firefox", PHONE) -> User. When the test is over nobody's console may hold an error or a warning."""
+def arrive(browsers: Browsers, relay: Relay) -> Iterator[Arrive]:
+    """arrive("firefox", PHONE) -> User. When the test is over nobody's console may hold an error or a warning.
+
+    It asks for the relay so that consoles are read before that one stops: browsers log a relay that is gone.
+    """
     users: list[User] = []
 
     def one(engine: str, size: tuple[int, int] = LAPTOP) -> User:
