@@ -1300,7 +1300,12 @@ class Head:
     unit: Unit
     data: bytes
     slots: Mapping[bytes, Slot]
-    ancestors: frozenset[bytes]
+    line: tuple[Commit, ...]  # the commits since this roster's first, itself included
+
+    @property
+    def ancestors(self) -> frozenset[bytes]:
+        """Hashes of those before it on this roster."""
+        return frozenset(each.parent for each in self.line[1:])
 
 
 def preferred(new: Head, old: Head) -> bool:
@@ -1312,6 +1317,15 @@ def preferred(new: Head, old: Head) -> bool:
     if old.ch in new.ancestors:
         return True
     return (new.commit.epoch, new.ch) > (old.commit.epoch, old.ch)
+
+
+def _follows_on(before: Commit, child: Commit) -> None:
+    """Raises Forged unless `child` may come right after `before` on one roster."""
+    must(before.epoch == child.epoch - 1, "epoch does not follow")
+    must(
+        (before.room, before.charter, before.roster) == (child.room, child.charter, child.roster),
+        "chain goes beyond its roster",
+    )
 
 
 class Verifier:
@@ -1429,12 +1443,12 @@ class Verifier:
         roster = unit.roster or (lender.unit.roster if lender else b"")
         listing = self.listing(room, Proof(decode(Signed, charter), decode(Signed, roster)))
         self._commit(room, ch, commit, unit, listing)
-        chain = self._chain(commit, unit.chain, lender)
+        chain, line = self._chain(commit, unit.chain, lender)
         full = Unit(charter, roster, unit.body, unit.sig, unit.tag, unit.slots, chain)
         slots = {slot.dev: slot for slot in decode(Slots, unit.slots).slots}
         self._slots(commit, slots, listing)
-        self._born(commit, chain, listing, slots)
-        return Head(ch, commit, listing, full, encode(full), slots, frozenset(Hl("commit", body) for body in chain))
+        self._born(line, listing, slots)
+        return Head(ch, commit, listing, full, encode(full), slots, line)
 
     def _commit(self, room: bytes, ch: bytes, commit: Commit, unit: Unit, listing: Listing) -> None:
         must(commit.room == room, "commit is of another room")
@@ -1452,27 +1466,29 @@ class Verifier:
         must(slots.keys() == listing.devices.keys() - {commit.committer}, "slots are not those of the roster")
         must(all(slot.type <= 1 and on_curve(slot.enc) for slot in slots.values()), "slot is of no use")
 
-    def _chain(self, commit: Commit, chain: tuple[bytes, ...], lender: Head | None) -> tuple[bytes, ...]:
-        """The bodies since this roster's first commit, each proved by the parent hash in the next."""
+    def _chain(
+        self, commit: Commit, chain: tuple[bytes, ...], lender: Head | None
+    ) -> tuple[tuple[bytes, ...], tuple[Commit, ...]]:
+        """The bodies since this roster's first commit, each proved by the parent hash in the next; and all the commits
+        of that roster, the unit's own last. What a lender has proved is not proved again."""
         if lender and lender.commit.roster == commit.roster:
-            must(chain in ((), (*lender.unit.chain, lender.unit.body)), "chain is not the head's")
-            chain = (*lender.unit.chain, lender.unit.body)
-        child = commit
+            whole = (*lender.unit.chain, lender.unit.body)
+            must(chain in ((), whole), "chain is not the head's")
+            _follows_on(lender.commit, commit)
+            return whole, (*lender.line, commit)
+        line = [commit]
         for body in reversed(chain):
-            must(Hl("commit", body) == child.parent, "chain does not lead to its commit")
+            must(Hl("commit", body) == line[-1].parent, "chain does not lead to its commit")
             before = decode(Commit, body)
-            must(before.epoch == child.epoch - 1, "epoch does not follow")
-            must(
-                (before.room, before.charter, before.roster) == (child.room, child.charter, child.roster),
-                "chain goes beyond its roster",
-            )
-            child = before
-        return chain
+            _follows_on(before, line[-1])
+            line.append(before)
+        return chain, tuple(reversed(line))
 
-    def _born(self, commit: Commit, chain: tuple[bytes, ...], listing: Listing, slots: Mapping[bytes, Slot]) -> None:
+    def _born(self, line: tuple[Commit, ...], listing: Listing, slots: Mapping[bytes, Slot]) -> None:
         """A roster begins with its signer's own commit; rotations alone follow, by whom policy lets. Also where the
         parent is not known here, or an unknown parent would lend any right."""
-        first, *rest = [*(decode(Commit, body) for body in chain), commit]
+        first, *rest = line
+        commit = line[-1]
         must(first.reason == 0 and first.committer == listing.roster.signer, "changed roster is committed by another")
         must(all(each.reason in (1, 2) for each in rest), "nothing changed")
         answers = commit.reason == 2 and any(slot.type == 1 for slot in slots.values())
@@ -1782,14 +1798,10 @@ class Room:
     def online(self) -> tuple[bytes, ...]:
         return tuple(dev for dev, seat in self.seats.items() if seat.peer)
 
-    def cut(self) -> set[bytes]:
-        """Devices whose own member asked for their removal, the asking one excepted."""
+    def asked_out(self, but_the_asking: bool = False) -> frozenset[bytes]:
+        """Devices whose own member asked for their removal."""
         asked = [each for each in self.requests.values() if each.request.kind in (UNLINK, LEAVE)]
-        return {dev for each in asked for dev in each.devs if dev != each.request.dev}
-
-    def asked_out(self) -> frozenset[bytes]:
-        asked = [each for each in self.requests.values() if each.request.kind in (UNLINK, LEAVE)]
-        return frozenset(dev for each in asked for dev in each.devs)
+        return frozenset(dev for each in asked for dev in each.devs if not (but_the_asking and dev == each.request.dev))
 
     # ── directs ──────────────────────────────────────────────────────────────────────────────────────────────────
     def drop_direct(self, seat: Seat, tid: int) -> None:
@@ -2117,16 +2129,14 @@ class Rooms:
         if room.demo:
             self._admit(peer, hello, now)
             return
-        if (
-            max(
-                len(hello.evidence) - limits.evidence,
-                len(hello.leaves) - limits.devices,
-                len(hello.requests) - limits.requests,
-                len(hello.invites) - limits.invites,
-                len(hello.revokes) - limits.invites,
-            )
-            > 0
-        ):
+        brought: list[tuple[Sequence[Any], int]] = [
+            (hello.evidence, limits.evidence),
+            (hello.leaves, limits.devices),
+            (hello.requests, limits.requests),
+            (hello.invites, limits.invites),
+            (hello.revokes, limits.invites),
+        ]
+        if any(len(objects) > most for objects, most in brought):
             raise PeerFault("too-big", "hello brings more than this relay keeps")
         new = self._verifier.unit(room.id, hello.unit, room.head) if hello.unit else None
         if new and peer.dev in new.listing.devices and (room.head is None or preferred(new, room.head)):
@@ -2139,7 +2149,7 @@ class Rooms:
         self._hear(peer, hello, now)
         if peer.conn not in self._peers:  # turned away by a request that it brought itself
             return
-        if peer.dev not in room.seats or peer.dev in room.cut():
+        if peer.dev not in room.seats or peer.dev in room.asked_out(but_the_asking=True):
             self._show_cut(peer)
             self._turn_away(peer, "this device is not listed", now)
             return
