@@ -433,7 +433,8 @@ class PlaywrightUser(User):
         self.engine, self.do, self.excuses, self.log = engine.name, engine.do, [], list[str]()
         phone = {"is_mobile": True, "has_touch": True} if engine.name == "chromium" and size[0] < 720 else {}
         viewport: Any = {"width": size[0], "height": size[1]}
-        options: dict[str, Any] = {"viewport": viewport, "ignore_https_errors": True, "locale": "en-GB", **phone}
+        calm = {"ignore_https_errors": True, "locale": "en-GB", "reduced_motion": "reduce"}
+        options: dict[str, Any] = {"viewport": viewport, **calm, **phone}
         self.context = self.do(lambda: engine.browser.new_context(**options))
         self.tab = self.do(self._open)
         self.tabs = [self.tab]
@@ -588,6 +589,8 @@ field.dispatchEvent(new InputEvent('input', {bubbles: true, inputType: 'insertTe
 """
 SMALL_TOOLBAR = "* { min-width: 0; min-height: 0; padding: 0; margin: 0; font-size: 1px; }"
 """MiniBrowser's toolbar would keep its window from becoming as narrow as a phone."""
+NO_MOTION = "[Settings]\ngtk-enable-animations=0\n"
+"""What prefers-reduced-motion is to WebKitGTK: it draws on the processor, where a turning ring takes half a core."""
 
 
 def program(*names: str) -> str:
@@ -602,6 +605,7 @@ class WebKitEngine(Engine):
     def __init__(self, folder: Path) -> None:
         (folder / "gtk-3.0").mkdir(parents=True)
         (folder / "gtk-3.0" / "gtk.css").write_text(SMALL_TOOLBAR)
+        (folder / "gtk-3.0" / "settings.ini").write_text(NO_MOTION)
         self.screen, display = self._start_screen()
         self.users: list[WebKitUser] = []
         self.environment = {
@@ -612,6 +616,7 @@ class WebKitEngine(Engine):
             "DBUS_SESSION_BUS_ADDRESS": "disabled:",
             "XDG_CONFIG_HOME": str(folder),
             "LANGUAGE": "en",
+            "WEBKIT_DISABLE_COMPOSITING_MODE": "1",  # without a graphics card OpenGL is reckoned, and dear
         }
 
     @staticmethod
@@ -12223,9 +12228,10 @@ def test_attack_40_memory_and_log_of_the_relay_hold_no_secret(tmp_path: Path, re
 
 
 def on_engines(*names: str) -> pytest.MarkDecorator:
-    """One test for each engine; each engine stays with one worker."""
-    each = [pytest.param(name, marks=[pytest.mark.browser, pytest.mark.xdist_group(name)]) for name in names or ENGINES]
-    return pytest.mark.parametrize("engine", each)
+    """One test for each engine."""
+    return pytest.mark.parametrize(
+        "engine", [pytest.param(name, marks=pytest.mark.browser) for name in names or ENGINES]
+    )
 
 
 # -------------------------------------------------------------------------------------------- what people do and see --
@@ -12395,7 +12401,7 @@ def read_code(picture: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        pytest.param(one, other, marks=[pytest.mark.browser, pytest.mark.xdist_group(one if one == other else "pairs")])
+        pytest.param(one, other, marks=pytest.mark.browser)
         for one, other in [*zip(ENGINES, ENGINES, strict=True), ("chromium", "firefox"), ("webkit", "chromium")]
     ],
 )
