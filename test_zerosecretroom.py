@@ -7646,6 +7646,49 @@ class TestMembership:
         assert self.kinds(lab, ana) == [("left", bob, "")]
         assert lab.room(cleo)["notes"] == []
 
+    def test_of_all_admins_who_leave_at_once_the_most_senior_stays_until_another_is_named(
+        self, lab: Laboratory
+    ) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(8)
+        for name in (ana, bob):
+            lab.do(name, "leaveRoom")
+        lab.settle(12)
+        assert [lab.room(name)["state"] for name in (ana, bob, cleo)] == ["member", "left", "member"]
+        assert [note["text"] for note in lab.room(ana)["notes"]] == ["stays"]
+        lab.do(cleo, "send", text="who is left?")
+        lab.kill()
+        lab.settle(12)
+        assert "who is left?" in lab.texts(ana)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, cleo))
+        lab.settle(12)
+        assert lab.room(ana)["state"] == "left"
+        lab.do(cleo, "send", text="I am")
+        lab.settle(4)
+        agree(lab, room, [cleo], ["who is left?", "I am"])
+        assert self.kinds(lab, cleo)[1:] == [("left", bob, ""), ("admin", ana, cleo), ("left", ana, "")]
+
+    def test_a_newcomer_whose_link_a_charter_ended_is_told_by_a_relay_that_forgot(self, clients: Node) -> None:
+        lab = Stage(clients)
+        _, (ana, bob, _) = room_of_three(lab)
+        lab.do(ana, "policy", joins=1)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(8)
+        (dora,) = fresh("dora")
+        lab.start(dora)
+        lab.do(dora, "link", text=lab.do(ana, "invite")["link"])
+        lab.do(dora, "join", name=dora)
+        lab.settle(4)
+        assert lab.model(dora)["invited"]["state"] == "waiting"
+        lab.lie = lambda name, frames: [] if name == dora else frames
+        lab.do(ana, "unmakeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(8)
+        lab.lie = None
+        lab.kill()
+        lab.settle(12)
+        assert lab.model(dora)["invited"]["state"] == "over"
+
     def test_admins_are_made_and_unmade_by_the_creator_alone(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
         assert not self.member(lab, bob, cleo)["may"]["promote"]
