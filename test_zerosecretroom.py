@@ -7646,6 +7646,24 @@ class TestMembership:
         assert self.kinds(lab, ana) == [("left", bob, "")]
         assert lab.room(cleo)["notes"] == []
 
+    def test_keys_that_one_member_alone_has_used_up_are_changed_by_whoever_answers(self, lab: Laboratory) -> None:
+        """What a relay lost before others saw it counts for its author alone, who may be no admin."""
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "policy", who=1, rotate_after=1)
+        lab.settle(8)
+        for name in (ana, cleo):
+            lab.away(name)
+        lines = [f"line {n}" for n in range(8)]
+        for line in lines:
+            lab.do(bob, "send", text=line)
+            lab.settle(1)
+        assert lab.room(bob)["stale"] == "refuse"
+        lab.kill()
+        for name in (cleo, ana):
+            lab.start(name)
+            lab.settle(20)
+        agree(lab, room, [ana, bob, cleo], lines)
+
     def test_of_all_admins_who_leave_at_once_the_most_senior_stays_until_another_is_named(
         self, lab: Laboratory
     ) -> None:
