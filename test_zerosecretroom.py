@@ -13038,17 +13038,21 @@ def test_an_idle_page_locks_itself_and_a_link_waits_for_the_passphrase(
     assert ann.js("location.hash") == ""
 
 
-def is_erased(user: User) -> None:
-    """Behind a passphrase, from the locked page, and for good."""
-    passphrases(user, "Set passphrase", next=PHRASE, again=PHRASE)
-    user.reload()
-    is_locked(user)
+def erase_all(user: User) -> None:
     user.js("void (window.erased = false)")
     user.click("button", "Erase everything on this device")
     user.click("button", "Erase")
     user.click("button", "Erase for good")
     eventually(lambda: is_another_page(user, "erased"), "the page loads anew")
     user.find("button", "New room").appears()
+
+
+def is_erased(user: User) -> None:
+    """Behind a passphrase, from the locked page, and for good."""
+    passphrases(user, "Set passphrase", next=PHRASE, again=PHRASE)
+    user.reload()
+    is_locked(user)
+    erase_all(user)
     user.reload()
     user.find("button", "New room").appears()
 
@@ -13139,6 +13143,20 @@ def test_attack_39_in_a_browser_guesses_and_altered_records_overwrite_nothing(
     assert ann.js(FLIP_SCRIPT % "'nothing'") == before
     unlock(ann, PHRASE)
     hears(ann, "line 1")
+
+
+@on_engines()
+def test_what_is_damaged_says_so_and_can_be_begun_anew(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    ann.excuse("does not open")
+    make_room(ann, relay)
+    ann.goto("about:blank")
+    ann.goto(relay.url())
+    ann.js(FLIP_SCRIPT % json.dumps(":core"))
+    ann.reload()
+    ann.css("body").says("does not open any more")
+    erase_all(ann)
+    make_room(ann, relay, "Haven")
 
 
 @on_engines()
