@@ -7687,6 +7687,14 @@ class TestMembership:
         agree(lab, room, [cleo], ["who is left?", "I am"])
         assert self.kinds(lab, cleo)[1:] == [("left", bob, ""), ("admin", ana, cleo), ("left", ana, "")]
 
+    def test_who_leaves_last_is_out_at_once(self, lab: Laboratory) -> None:
+        (ana,) = fresh("ana")
+        lab.start(ana)
+        lab.create(ana)
+        lab.do(ana, "leaveRoom")
+        assert lab.room(ana)["state"] == "left"
+        assert lab.room(ana)["notes"] == []
+
     def test_a_newcomer_whose_link_a_charter_ended_is_told_by_a_relay_that_forgot(self, clients: Node) -> None:
         lab = Stage(clients)
         _, (ana, bob, _) = room_of_three(lab)
@@ -8322,9 +8330,7 @@ class Saga:
         self.upon(x, "demote", "unmakeAdmin")
 
     def leave(self, x: int) -> None:
-        """Never all admins at once: who stays could let nobody out, nor in."""
-        name, room = self.who(x, bool)
-        if name and (not room["me"]["admin"] or not self.out):
+        if name := self.who(x, bool)[0]:
             self.lab.do(name, "leaveRoom")
             f = self.facts(name)
             self.out |= {d: "left" for d in f["devices"] if f["members"][d] == f["members"][f["dev"]]}
@@ -8377,6 +8383,7 @@ class Saga:
 
     def members(self, head: Any, inside: dict[str, Any], met: dict[str, Any]) -> Iterator[str]:
         admins = {name for name, f in inside.items() if f["dev"] in head["head"]["admins"]}
+        stays = self.out.keys() >= {dev for dev in head["head"]["admins"] if dev in head["devices"]}
         if strangers := set(head["devices"]) - {f["dev"] for f in met.values()}:
             yield f"listed and nobody's: {strangers}"
         for name, f in met.items():
@@ -8386,7 +8393,7 @@ class Saga:
             if name in inside:
                 if f["head"] != head["head"] or f["devices"] != head["devices"]:
                     yield f"{name} has another head than the rest: {f['state']} {f['join']} {f['undone']}"
-                if f["state"] != "member" or f["dev"] in self.out:
+                if not stays if f["dev"] in self.out else f["state"] != "member":
                     yield f"{name} is listed and {f['state']}; own word: {self.out.get(f['dev'])}"
                 if f["outbox"] or f["undone"] or f["wishes"]:
                     yield f"{name} has left undone {f['outbox']} {f['undone']} {f['wishes']}"
