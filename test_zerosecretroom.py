@@ -13152,6 +13152,22 @@ def test_attack_39_in_a_browser_guesses_and_altered_records_overwrite_nothing(
     hears(ann, "line 1")
 
 
+LINE_SCRIPT = """(() => {
+  const mark = new Uint8Array(32), room = {id: 'room', mark, members: [], older: false, typing: [], own: false, demo: false};
+  Log.render({...room, messages: [{key: 'line', kind: 'linked', member: 'member', author: '%s', text: '', mark, mine: false,
+    time: Date.now(), lam: 1, file: null, state: '', why: '', held: [], awaited: []}]});
+})()"""
+
+
+@on_engines("chromium")
+def test_a_line_about_a_member_takes_the_name_that_comes_later(arrive: Arrive, relay: Relay, engine: str) -> None:
+    user = arrive(engine)
+    user.goto(relay.url())
+    for name, said in (("", "No name"), ("Bob", "Bob")):
+        user.js(LINE_SCRIPT % name)
+        assert user.js("document.querySelector('.sys').textContent").startswith(said)
+
+
 @on_engines()
 def test_what_is_damaged_says_so_and_can_be_begun_anew(arrive: Arrive, relay: Relay, engine: str) -> None:
     ann = arrive(engine)
