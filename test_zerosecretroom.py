@@ -8362,12 +8362,13 @@ class Saga:
         """Everybody comes back, and there is time for all that is due."""
         while self.asleep:
             self.back(0)
-        self.lab.settle(40)
-        for x in range(self.MOST):
-            self.admit(x, yes=True)
-        self.lab.settle(30)
-        if any(self.wrong()):
-            self.lab.settle(300)
+        for seconds in (40, 30, 300):
+            self.lab.settle(seconds)
+            for x in range(self.MOST):
+                self.admit(x, yes=True)
+            self.lab.settle(10)
+            if not any(self.wrong()):
+                break
         wrong = [*self.wrong(), *self.lab.node.call("Lab.faults")]
         assert not wrong, "\n".join(wrong)
 
