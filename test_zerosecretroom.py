@@ -5065,6 +5065,21 @@ def test_resyncs_are_one_a_minute_and_with_a_new_leaf(desk: Desk, home: House) -
     assert faults(desk.say("cat", zsr.UpResync(resync(fresh_leaf(cat), home.made.ch)))) == []
 
 
+def test_a_resync_that_a_commit_overtook_may_be_asked_again_at_once(home: House) -> None:
+    desk = full_desk(home)
+    listing = zsr.decode(zsr.Signed, home.made.unit.roster)
+    cat = fresh_leaf(home.cat)
+    desk.say("cat", zsr.UpResync(resync(cat, home.made.ch)))
+    other = commit(home.made, home.under, listing, home.ben, [home.ann, cat], reason=1)
+    assert faults(desk.say("ben", zsr.UpCommit(1, other.upload))) == []
+    again = fresh_leaf(cat)
+    assert faults(desk.say("cat", zsr.UpResync(resync(again, other.ch)))) == []
+    desk.now += 10.0
+    answer = commit(other, home.under, listing, home.ann, [home.ben, again], frozenset({again.dev}), reason=2)
+    assert faults(desk.say("ann", zsr.UpCommit(2, answer.upload))) == []
+    assert refused(desk, "cat", zsr.UpResync(resync(fresh_leaf(again), answer.ch))) == "slow"
+
+
 # --------------------------------------------------------------------------------------------- invites, joins, links --
 @dataclass
 class Door:

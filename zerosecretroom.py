@@ -160,7 +160,7 @@ class Limits:
     login_timeout: float = 15.0  # s from the socket's opening to a valid login
     slow_seconds: float = 60.0  # s after which a connected device that acks nothing holds back nobody's bytes
     rotation_seconds: float = 10.0  # s between two commits on an unchanged roster
-    resync_seconds: float = 60.0  # s between two resyncs of one device
+    resync_seconds: float = 60.0  # s between two resyncs of one device under one head
     sweep_seconds: float = 30.0  # s between looks at everything that time ends: 20,000 rooms take 0.1 s
     full_retry_ms: int = 5000  # ms a sender waits after `full`: acks free bytes within seconds
     demo_ttl: float = 3600.0  # s an event stays in the demo room
@@ -2286,6 +2286,9 @@ class Rooms:
 
     def _settle(self, room: Room, new: Head) -> None:
         listing = new.listing
+        for dev in [dev for dev in room.resyncs.items if dev not in new.slots or new.slots[dev].type == 0]:
+            if dev in room.seats:  # it was overtaken, not answered: it may ask again at once
+                room.seats[dev].resynced = float("-inf")
         room.resyncs.keep(lambda _, __: False)
         room.leaves.keep(lambda dev, _: dev in listing.devices)
         room.requests.keep(lambda _, asked: asked.request.kind != SPLIT and not self._settled(listing, asked))
