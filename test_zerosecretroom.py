@@ -13754,7 +13754,6 @@ BARE_SERVER = textwrap.dedent("""
 CIPHERTEXT = bytes(251)  # a post of 300 bytes
 POST = zsr.UpPost(1, 1, bytes(32), CIPHERTEXT)
 MESSAGE = len(zsr.encode_frame(POST))
-ENTRY = 4 + len(zsr.encode_frame(zsr.DownEvent(1, 1, bytes(16), 1, bytes(32), CIPHERTEXT)))
 ACK_SECONDS = 0.25  # between two acknowledgements of a member, each for all that came meanwhile
 BURST = 8  # posts of each sender a round: enough that the relay never waits for the load
 HANDSHAKE = (
