@@ -7738,6 +7738,47 @@ class TestMembership:
         agree(lab, room, [cleo], ["who is left?", "I am"])
         assert self.kinds(lab, cleo)[1:] == [("left", bob, ""), ("admin", ana, cleo), ("left", ana, "")]
 
+    def test_whose_wish_to_leave_waits_keeps_the_other_devices_too(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        (laptop,) = fresh("laptop")
+        lab.start(laptop)
+        lab.linked(ana, laptop, room)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(8)
+        for name in (ana, bob):
+            lab.do(name, "leaveRoom")
+        lab.settle(12)
+        assert [lab.room(name)["state"] for name in (ana, laptop, bob)] == ["member", "member", "left"]
+        lab.do(laptop, "send", text="from the laptop")
+        lab.settle(8)
+        lab.cut(laptop)
+        lab.settle(8)
+        agree(lab, room, [ana, laptop, cleo], ["from the laptop"])
+        assert lab.state(laptop, room)["outbox"] == []
+        lab.do(laptop, "makeAdmin", member=self.id(lab, laptop, cleo))
+        lab.settle(12)
+        assert [lab.room(name)["state"] for name in (ana, laptop, cleo)] == ["left", "left", "member"]
+
+    def test_a_newcomer_whose_coming_lost_a_race_is_brought_in_again(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(8)
+        (dora,) = fresh("dora")
+        lab.start(dora)
+        lab.do(dora, "link", text=lab.invite(bob))
+        lab.settle(1)
+        lab.do(ana, "policy", joins=1)  # a heavier charter, which the relay takes after bob's commit, and in its place
+        lab.do(dora, "join", name=dora)
+        while moves := [move for move in lab.moves() if lab.wires[move[1]].client != ana]:
+            lab.move(*moves[0])
+        assert lab.model(dora)["at"] == "room"
+        lab.settle(4)
+        assert (lab.room(dora)["state"], lab.room(dora)["notes"]) == ("member", [])
+        lab.settle(20)
+        lab.do(dora, "send", text="here again")
+        lab.settle(12)
+        agree(lab, room, [ana, bob, cleo, dora], ["here again"])
+
     def test_who_leaves_last_is_out_at_once(self, lab: Laboratory) -> None:
         (ana,) = fresh("ana")
         lab.start(ana)

@@ -1798,10 +1798,9 @@ class Room:
     def online(self) -> tuple[bytes, ...]:
         return tuple(dev for dev, seat in self.seats.items() if seat.peer)
 
-    def asked_out(self, but_the_asking: bool = False) -> frozenset[bytes]:
-        """Devices whose own member asked for their removal."""
-        asked = [each for each in self.requests.values() if each.request.kind in (UNLINK, LEAVE)]
-        return frozenset(dev for each in asked for dev in each.devs if not (but_the_asking and dev == each.request.dev))
+    def asked_out(self, *kinds: int) -> frozenset[bytes]:
+        """Devices that their own member asked to have out by requests of these kinds."""
+        return frozenset(dev for each in self.requests.values() if each.request.kind in kinds for dev in each.devs)
 
     # ── directs ──────────────────────────────────────────────────────────────────────────────────────────────────
     def drop_direct(self, seat: Seat, tid: int) -> None:
@@ -2141,7 +2140,7 @@ class Rooms:
         new = self._verifier.unit(room.id, hello.unit, room.head) if hello.unit else None
         if new and peer.dev in new.listing.devices and (room.head is None or preferred(new, room.head)):
             if room.head and new.commit.parent == room.head.ch:
-                self._verifier.follows(new, room.head, self._wall(), room.asked_out())
+                self._verifier.follows(new, room.head, self._wall(), room.asked_out(UNLINK, LEAVE))
             self._advance(peer, new, hello.unit, now)
         if room.head is None:
             self._tell_fault(peer, PeerFault("unknown", "room is not known here: a member brings it back"))
@@ -2149,7 +2148,7 @@ class Rooms:
         self._hear(peer, hello, now)
         if peer.conn not in self._peers:  # turned away by a request that it brought itself
             return
-        if peer.dev not in room.seats or peer.dev in room.asked_out(but_the_asking=True):
+        if peer.dev not in room.seats or peer.dev in room.asked_out(UNLINK):
             self._show_cut(peer)
             self._turn_away(peer, "this device is not listed", now)
             return
@@ -2228,7 +2227,7 @@ class Rooms:
         new = self._verifier.unit(room.id, frame.unit, head)
         rotation = new.listing.roster_hash == head.listing.roster_hash
         if new.commit.parent == head.ch:
-            self._verifier.follows(new, head, self._wall(), room.asked_out())
+            self._verifier.follows(new, head, self._wall(), room.asked_out(UNLINK, LEAVE))
         elif new.listing.charter.no <= head.listing.charter.no:
             raise PeerFault("lost", "another commit came first")
         if rotation:
@@ -2592,8 +2591,8 @@ class Rooms:
         room.requests.check(name, "requests")
         self._shelve(room, room.requests, name, asked, len(signed.m), now)
         self._send(room.others(peer), DownRequests((signed,)))
-        if request.kind in (UNLINK, LEAVE):
-            for dev in asked.devs - {request.dev}:
+        if request.kind == UNLINK:  # it may be stolen; who leaves is in until a commit says so
+            for dev in asked.devs:
                 seat = room.seats.get(dev)
                 if seat and seat.peer:
                     self._turn_away(seat.peer, "this device was unlinked", now)
@@ -3174,15 +3173,25 @@ class Tls:
         self._shaken = False
 
     def receive(self, data: bytes) -> Iterable[bytes]:
+        """What the records in it hold, joined: a member that posts in a burst is then read in one go."""
         for start in range(0, len(data), TLS_RECORD):
             self._incoming.write(data[start : start + TLS_RECORD])
-            with suppress(ssl.SSLWantReadError):
-                if not self._shaken:
-                    self._tls.do_handshake()
-                    self._shaken = True
-                while plain := self._tls.read(TLS_RECORD):
-                    yield plain
-                raise ssl.SSLZeroReturnError
+            pieces: list[bytes] = []
+            try:
+                self._read(pieces)
+            except ssl.SSLWantReadError:
+                yield b"".join(pieces)
+            except ssl.SSLError:
+                yield b"".join(pieces)  # what came before a farewell counts
+                raise
+
+    def _read(self, pieces: list[bytes]) -> NoReturn:
+        if not self._shaken:
+            self._tls.do_handshake()
+            self._shaken = True
+        while piece := self._tls.read(TLS_RECORD):
+            pieces.append(piece)
+        raise ssl.SSLZeroReturnError
 
     def send(self, data: bytes) -> bytes:
         if len(data) <= TLS_RECORD:
