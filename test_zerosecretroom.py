@@ -7738,6 +7738,30 @@ class TestMembership:
         agree(lab, room, [cleo], ["who is left?", "I am"])
         assert self.kinds(lab, cleo)[1:] == [("left", bob, ""), ("admin", ana, cleo), ("left", ana, "")]
 
+    def test_a_device_that_a_later_admin_brings_in_has_what_was_said_before_that_admin_came(
+        self, lab: Laboratory
+    ) -> None:
+        ana, bob, cleo, laptop = fresh("ana", "bob", "cleo", "laptop")
+        lab.start(ana, bob, cleo, laptop)
+        room = lab.create(ana)
+        lab.do(ana, "policy", history=1)
+        lab.settle(4)
+        lab.do(ana, "rotate")
+        lab.settle(4)
+        lab.join(ana, bob)
+        lab.do(ana, "policy", history=0)
+        lab.do(ana, "send", text="before Cleo")
+        lab.settle(4)
+        lab.do(bob, "send", text="me too")
+        lab.settle(4)
+        lab.join(ana, cleo)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, cleo))
+        lab.settle(8)
+        lab.away(ana)
+        lab.linked(bob, laptop, room, seconds=20)
+        assert lab.texts(laptop) == ["before Cleo", "me too"]
+        assert lab.texts(cleo) == []
+
     def test_whose_wish_to_leave_waits_keeps_the_other_devices_too(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
         (laptop,) = fresh("laptop")
