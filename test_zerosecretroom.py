@@ -8335,6 +8335,7 @@ class Saga:
         self.said: dict[str, str] = {}
         self.links: list[str] = []
         self.out: dict[str, str] = {}
+        self.leaving: set[str] = set()  # members
         if history:
             lab.do(self.people[0], "policy", history=history)
             lab.settle(4)
@@ -8450,6 +8451,7 @@ class Saga:
             self.lab.do(name, "leaveRoom")
             f = self.facts(name)
             self.out |= {d: "left" for d in f["devices"] if f["members"][d] == f["members"][f["dev"]]}
+            self.leaving.add(f["members"][f["dev"]])
 
     def unlink(self, x: int) -> None:
         name, room = self.who(x, lambda room: len(room["devices"]) > 1)
@@ -8514,12 +8516,17 @@ class Saga:
                     yield f"{name} is listed and {f['state']}; own word: {self.out.get(f['dev'])}"
                 if f["outbox"] or f["undone"] or f["wishes"]:
                     yield f"{name} has left undone {f['outbox']} {f['undone']} {f['wishes']}"
-            elif f["head"] and f["state"] != self.out.get(f["dev"], "removed"):
+            elif f["head"] and f["state"] not in self.ends(f):
                 yield f"{name} is out and does not know: {f['state']} {self.out.get(f['dev'])} {f['undone']}"
             elif not f["head"] and f["state"] == "joining" and f["dev"] not in head["gone"]:
                 able = any(f["link"] in met[who]["links"] for who in (inside if f["by"] and admins else admins))
                 if able and f["join"] in ("new", "waiting", "admitted"):
                     yield f"{name} was never let in: {f['join']}"
+
+    def ends(self, f: Any) -> set[str]:
+        """What a device that is out may call it: one that came while its member was leaving has left with it."""
+        word = self.out.get(f["dev"], "removed")
+        return {word, "left"} if f["members"].get(f["dev"]) in self.leaving else {word}
 
     def held(self, head: Any, inside: dict[str, Any], met: dict[str, Any]) -> Iterator[str]:
         known = {ch: (parent, roster) for f in met.values() for ch, parent, roster in f["known"]}
@@ -10398,6 +10405,33 @@ def test_attack_31_a_newcomer_is_told_that_this_is_not_the_relay_of_the_link(sta
     stage.follow(link, bob)
     assert stage.model(bob)["invited"]["state"] == "broken"
     assert stage.said(bob, zsr.UpLogin) == []
+
+
+def test_what_nobody_holds_any_more_of_who_has_left_is_not_held_back(stage: Stage) -> None:
+    """Room.behind: a peer that began to count after somebody's last word says the same top as one that has it all."""
+    ana, bob, dora = (f"{name}{next(SERIAL)}" for name in ("ana", "bob", "dora"))
+    stage.start(ana, bob, dora)
+    room = stage.create(ana)
+    stage.do(ana, "send", text="long ago")
+    of_ana = stage.dev(ana, room)
+
+    def withheld(f: Any) -> bool:
+        return isinstance(f, zsr.DownDirect | zsr.DownEvent) and f.kind == 1 and getattr(f, "poster", of_ana) == of_ana
+
+    stage.lie = lambda name, frames: [f for f in frames if name == ana or not withheld(f)]
+    stage.join(ana, bob)
+    stage.do(ana, "policy", history=2)
+    stage.settle(4)
+    stage.join(ana, dora)
+    (of_bob,) = (m["id"] for m in stage.room(ana)["members"] if m["name"] == bob)
+    stage.do(ana, "makeAdmin", member=of_bob)
+    stage.settle(4)
+    stage.do(ana, "leaveRoom")
+    stage.settle(8)
+    stage.lie = None
+    stage.settle(60)
+    assert stage.room(ana)["state"] == "left"
+    stage.talk(room, [bob, dora], [])
 
 
 def test_before_the_login_nothing_is_said_that_the_relay_would_not_take(stage: Stage) -> None:
