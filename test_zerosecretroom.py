@@ -13062,7 +13062,7 @@ def test_a_relay_killed_in_mid_conversation_loses_and_doubles_nothing(
     bob.find("img", "photo.jpg").appears()
 
 
-@on_engines()
+@on_engines("firefox")
 def test_what_was_written_offline_survives_a_reload_and_goes_out_later(
     arrive: Arrive, relay: Relay, engine: str
 ) -> None:
@@ -13320,7 +13320,7 @@ FLIP_SCRIPT = """new Promise((done, fail) => {
 """Flips a bit of the record whose name ends so, and tells what all records were before."""
 
 
-@on_engines()
+@on_engines("firefox")
 def test_attack_39_in_a_browser_guesses_and_altered_records_overwrite_nothing(
     arrive: Arrive, relay: Relay, engine: str
 ) -> None:
@@ -13639,7 +13639,7 @@ def may_not_leave(user: User, dialog: Any) -> None:
     assert fault_of(user, "leaveRoom") == "last-admin"
 
 
-@on_engines()
+@on_engines("webkit")
 def test_story_an_admin_says_yes_and_the_creator_leaves(arrive: Arrive, relay: Relay, engine: str) -> None:
     ann, bob = meet(arrive, relay, engine)
     cem, dora = arrive(engine, PHONE), arrive(engine, PHONE)
