@@ -10434,6 +10434,22 @@ def test_what_nobody_holds_any_more_of_who_has_left_is_not_held_back(stage: Stag
     stage.talk(room, [bob, dora], [])
 
 
+def test_vectors_that_did_not_come_are_asked_for(stage: Stage) -> None:
+    """Delivery.tick: without them a message would stay Sent until somebody speaks again."""
+    room, (ana, bob, cleo) = stage.meet("ana", "bob", "cleo")
+    stage.lie = dropping(bob, zsr.DownLive)
+    stage.do(bob, "send", text="who has this?")
+    stage.settle(8)
+    stage.lie = None
+    assert stage.state(bob, room)["outbox"]
+    stage.settle(25)
+    assert stage.state(bob, room)["outbox"] == []
+    said = {name: len(stage.heard(name, zsr.DownLive)) for name in (ana, bob, cleo)}
+    stage.settle(120)
+    assert said == {name: len(stage.heard(name, zsr.DownLive)) for name in (ana, bob, cleo)}, "they fall silent"
+    stage.talk(room, [ana, bob, cleo], ["who has this?"])
+
+
 def test_before_the_login_nothing_is_said_that_the_relay_would_not_take(stage: Stage) -> None:
     """A link made between a socket's nonce and its login goes out with the hello; the socket stays."""
     _, (ana,) = stage.meet("ana")
