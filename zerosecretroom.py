@@ -2930,12 +2930,28 @@ class Page:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# Certificate: the relay's TLS key and certificate and its identity key. The only room that writes files: three, each
-# 0600 and whole or not there. The TLS key outlives its certificates, the identity outlives both: clients pin it.
+# Certificate: the relay's TLS key and certificate and its identity key. The only room that writes files: three, with a
+# local CA five, each 0600 and whole or not there. The TLS key outlives its certificates, the identity outlives both:
+# clients pin it.
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 TLS_KEY, TLS_CERT, IDENTITY_KEY = "tls-key.pem", "tls-cert.pem", "relay-identity.pem"
+CA_KEY, CA_CERT = "ca-key.pem", "ca-cert.pem"
 CERT_LIFE = datetime.timedelta(days=825)  # beyond it Apple's systems refuse a leaf
-CERT_RENEWAL = datetime.timedelta(days=30)  # left when the next one is made: relays are restarted more often than that
+CA_LIFE = datetime.timedelta(days=3652)  # ten years: people install it by hand on every phone
+CERT_RENEWAL = datetime.timedelta(days=30)  # left when the next one is made
+CLOCK_SLACK = datetime.timedelta(days=1)  # a certificate is valid from then before it was made: clocks differ
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+KEY_USES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
 
 
 class RelayIdentity:
@@ -2961,41 +2977,104 @@ def is_address(name: str) -> bool:
     return True
 
 
-def build_certificate(
-    key: ec.EllipticCurvePrivateKey, names: Iterable[str], now: datetime.datetime
+class Authority(NamedTuple):
+    """The local CA. `replaced` says that it stands where another one was, which phones may have installed."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+    replaced: bool = False
+
+
+class Span(NamedTuple):
+    """From when to when a certificate is valid."""
+
+    begins: datetime.datetime
+    ends: datetime.datetime
+
+
+def named(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
+
+
+def used_for(use: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{each: each == use for each in KEY_USES})
+
+
+def sign_certificate(
+    subject: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    issuer: x509.Name,
+    signer: ec.EllipticCurvePrivateKey,
+    span: Span,
+    *extensions: tuple[x509.ExtensionType, bool],
 ) -> x509.Certificate:
-    """A self-signed server certificate over addresses and host names, valid from a day ago: clocks differ."""
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ZeroSecretRoom relay")])
+    """A certificate with these extensions, each critical or not, and the identifiers of both keys."""
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(span.begins)
+        .not_valid_after(span.ends)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    )
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(signer, hashes.SHA256())
+
+
+def build_certificate(
+    key: ec.EllipticCurvePrivateKey,
+    names: Iterable[str],
+    now: datetime.datetime,
+    authority: Authority | None = None,
+) -> x509.Certificate:
+    """A server certificate over addresses and host names, signed by the local CA or else by itself."""
+    subject = named("ZeroSecretRoom relay")
+    begins = now - CLOCK_SLACK
+    issuer, signer, ends = subject, key, begins + CERT_LIFE
+    if authority is not None:
+        issuer, signer = authority.certificate.subject, authority.key
+        ends = min(ends, authority.certificate.not_valid_after_utc)
     alternatives: list[x509.GeneralName] = [
         x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name) for name in sorted(names)
     ]
-    start = now - datetime.timedelta(days=1)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + CERT_LIFE)
-        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=True,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                key_cert_sign=False,
-                crl_sign=False,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            critical=True,
-        )
-        .sign(key, hashes.SHA256())
+    return sign_certificate(
+        subject,
+        key.public_key(),
+        issuer,
+        signer,
+        Span(begins, ends),
+        (x509.SubjectAlternativeName(alternatives), False),
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (used_for("digital_signature"), True),
+    )
+
+
+def build_authority(key: ec.EllipticCurvePrivateKey, names: Iterable[str], now: datetime.datetime) -> x509.Certificate:
+    """A CA that can vouch for servers of these names and addresses and for nothing else (RFC 5280, 4.2.1.10).
+
+    Loopback is always among them: a kind of name of which none is permitted would not be constrained at all.
+    """
+    permitted: list[x509.GeneralName] = [
+        x509.IPAddress(ipaddress.ip_network(name)) if is_address(name) else x509.DNSName(name)
+        for name in sorted(LOOPBACK.union(names))
+    ]
+    mark = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest[:4].hex()
+    subject = named(f"ZeroSecretRoom local CA {mark}")  # two of them on one phone must not be taken for one another
+    begins = now - CLOCK_SLACK
+    return sign_certificate(
+        subject,
+        key.public_key(),
+        subject,
+        key,
+        Span(begins, begins + CA_LIFE),
+        (x509.NameConstraints(permitted_subtrees=permitted, excluded_subtrees=None), True),
+        (x509.BasicConstraints(ca=True, path_length=0), True),
+        (used_for("key_cert_sign"), True),
     )
 
 
@@ -3009,14 +3088,35 @@ def certificate_names(certificate: x509.Certificate) -> frozenset[str]:
     return frozenset(hosts + [str(address) for address in names.get_values_for_type(x509.IPAddress)])
 
 
+def constrained_names(authority: x509.Certificate) -> frozenset[str]:
+    """The addresses and host names that a local CA can vouch for; none where it is not one of this relay's making."""
+    try:
+        trees = authority.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees or []
+    except x509.ExtensionNotFound:
+        return frozenset()
+    return frozenset(str(tree.value).rpartition("/")[0] or str(tree.value) for tree in trees)
+
+
+def renewal_time(certificate: x509.Certificate) -> datetime.datetime:
+    return certificate.not_valid_after_utc - CERT_RENEWAL
+
+
+def signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 def still_serves(
     certificate: x509.Certificate, public: ec.EllipticCurvePublicKey, names: Iterable[str], now: datetime.datetime
 ) -> bool:
     """Whether a kept certificate is of this key, covers these names and does not end soon."""
     return (
         certificate.public_key() == public
-        and frozenset(names) <= certificate_names(certificate)
-        and now < certificate.not_valid_after_utc - CERT_RENEWAL
+        and frozenset(names) <= certificate_names(certificate) | constrained_names(certificate)
+        and now < renewal_time(certificate)
     )
 
 
@@ -3054,19 +3154,20 @@ def write_private(path: Path, data: bytes) -> None:
         ) from None
 
 
+def make_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    write_private(path, key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    return key
+
+
 def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The P-256 key in a file, made at the first start. One that others may read is closed to them."""
     try:
         path.chmod(0o600)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError:
-        key = ec.generate_private_key(ec.SECP256R1())
-        write_private(
-            path,
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
-        )
+        key = make_key(path)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -3074,20 +3175,44 @@ def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def load_or_make_certificate(state: Path, names: Iterable[str], now: datetime.datetime) -> x509.Certificate:
-    """The self-signed certificate of a state directory, renewed with the same key when it no longer serves."""
+def load_or_make_certificate(
+    state: Path, names: Iterable[str], now: datetime.datetime, authority: Authority | None = None
+) -> x509.Certificate:
+    """The certificate of a state directory, renewed with the same key when it no longer serves; without a CA
+    self-signed."""
     key, path = load_or_make_key(state / TLS_KEY), state / TLS_CERT
     with suppress(OSError, ValueError):
         kept = x509.load_pem_x509_certificate(path.read_bytes())
-        if still_serves(kept, key.public_key(), names, now):
+        issuer = authority.certificate if authority is not None else kept
+        if still_serves(kept, key.public_key(), names, now) and signed_by(kept, issuer):
             return kept
-    certificate = build_certificate(key, names, now)
+    certificate = build_certificate(key, names, now, authority)
     write_private(path, certificate.public_bytes(serialization.Encoding.PEM))
     return certificate
 
 
+def load_or_make_authority(
+    state: Path, needed: frozenset[str], known: frozenset[str], now: datetime.datetime
+) -> Authority:
+    """The local CA of a state directory; another one when it ends soon or cannot vouch for a name that is needed.
+
+    The other one has another key: a phone that has both would not know which constraints a certificate is under.
+    """
+    key, path = load_or_make_key(state / CA_KEY), state / CA_CERT
+    with suppress(OSError, ValueError):
+        kept = x509.load_pem_x509_certificate(path.read_bytes())
+        if still_serves(kept, key.public_key(), needed, now):
+            return Authority(key, kept)
+    replaced = path.exists()
+    if replaced:
+        key = make_key(state / CA_KEY)
+    certificate = build_authority(key, needed | known, now)
+    write_private(path, certificate.public_bytes(serialization.Encoding.PEM))
+    return Authority(key, certificate, replaced)
+
+
 def load_certificate(path: Path) -> x509.Certificate:
-    """The operator's leaf certificate, the first of its chain."""
+    """The operator's leaf certificate, the first of its chain. A chain with a damaged part is refused."""
     try:
         return x509.load_pem_x509_certificates(path.read_bytes())[0]
     except (OSError, ValueError) as error:
