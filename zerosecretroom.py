@@ -2934,7 +2934,7 @@ PLATFORMS = (
         "to compare it, then <b>visit this website</b>. Some versions then show the page and still refuse its "
         "connection: only a certificate that the phone trusts helps.",
         (
-            f'In Safari open <a href="{PROFILE}">the profile</a> and tap <b>Allow</b>.',
+            f'In Safari open <a href="{PROFILE}">the profile</a> and tap <b>Allow</b>. iOS calls it Not Signed.',
             "Settings, General, <b>VPN &amp; Device Management</b>: open the profile, tap <b>More Details</b> and the "
             "certificate to compare it, then <b>Install</b>.",
             "Settings, General, About, <b>Certificate Trust Settings</b>: switch it on. Nothing changes before that.",
@@ -4459,7 +4459,7 @@ def stamps(options: argparse.Namespace) -> Stamps:
 
 
 class Credentials(NamedTuple):
-    """What new connections are shown, nothing where no TLS is spoken; `files` are the stamps from before the reading."""
+    """What new connections are shown, nothing where no TLS is spoken; `files` as stamped before the reading."""
 
     files: Stamps = ()
     context: ssl.SSLContext | None = None
