@@ -34,12 +34,15 @@ import glob
 import gzip
 import hashlib
 import hmac
+import html
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import os
+import plistlib
 import random
 import re
 import shutil
@@ -52,12 +55,14 @@ import struct
 import subprocess
 import symtable
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import tokenize
 import urllib.error
 import urllib.request
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +85,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.x509 import verification
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -991,9 +997,21 @@ class Relay:
     def socket_url(self, room_path: str) -> str:
         return f"{'ws' if self.plain else 'wss'}://127.0.0.1:{self.port}/ws/{room_path}"
 
+    @property
+    def anchor(self) -> Path:
+        """The certificate to trust for this one."""
+        if "--cert" in self.options:
+            return Path(self.options[self.options.index("--cert") + 1])
+        return self.state / (zsr.CA_CERT if "--local-ca" in self.options else zsr.TLS_CERT)
+
     def trust(self) -> ssl.SSLContext | None:
         """A context that takes this relay's certificate and no other."""
-        return None if self.plain else ssl.create_default_context(cafile=str(self.state / zsr.TLS_CERT))
+        return None if self.plain else ssl.create_default_context(cafile=str(self.anchor))
+
+    def shown(self) -> x509.Certificate:
+        """The certificate that a new connection is shown, whatever it is worth."""
+        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=PATIENCE)
+        return x509.load_pem_x509_certificate(pem.encode())
 
     def get(self, path: str = "/", method: str = "GET", **fields: str) -> Reply:
         """One request; underscores in the names of fields stand for hyphens."""
@@ -11430,6 +11448,13 @@ def run_relay(*options: str, env: dict[str, str] | None = None, code: str = "") 
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=relay_environment(env or {}))
 
 
+def trust_text(relay: Relay) -> str:
+    """What stands in /trust, without its markup."""
+    reply = relay.get("/trust")
+    assert reply.status == 200
+    return html.unescape(re.sub(r"<[^>]*>", "", re.sub(r"<style>.*</style>", "", reply.body.decode(), flags=re.DOTALL)))
+
+
 # ------------------------------------------------------------------------------------------------------- the command --
 
 
@@ -11449,6 +11474,14 @@ def run_relay(*options: str, env: dict[str, str] | None = None, code: str = "") 
         (["--log-level", "loud"], "argument --log-level: 'loud' is not one of debug, info, warning, error"),
         (["--cert", "cert.pem"], "--cert and --key go together"),
         (["--plain", "--cert", "a", "--key", "b"], "--plain speaks no TLS"),
+        (
+            ["--local-ca", "--cert", "a", "--key", "b"],
+            "--local-ca makes a certificate of the relay's own: --cert brings",
+        ),
+        (
+            ["--local-ca", "--plain"],
+            "--local-ca makes a certificate of the relay's own: --plain speaks no TLS; leave out",
+        ),
         (["--plain", "--host", "0.0.0.0"], "--plain on 0.0.0.0 would send everything unencrypted"),
         (["--plain", "--host", "example.org"], "--plain on example.org would send everything unencrypted"),
         (["--page", "/nowhere/index.html"], "page /nowhere/index.html cannot be read (No such file or directory)"),
@@ -11468,6 +11501,7 @@ def test_a_bad_option_is_one_line_and_exit_2(options: list[str], complaint: str,
     ("variable", "value", "complaint"),
     [
         ("ZSR_PORT", "x", "ZSR_PORT: 'x' is not a port"),
+        ("ZSR_LOCAL_CA", "maybe", "ZSR_LOCAL_CA: 'maybe' is neither 1 nor 0"),
         ("ZSR_PLAIN", "maybe", "ZSR_PLAIN: 'maybe' is neither 1 nor 0"),
         ("ZSR_MAX_ROOM_MEMORY", "-5M", "ZSR_MAX_ROOM_MEMORY: '-5M' is not a size"),
         ("ZSR_NAME", "good.example, b@d", "ZSR_NAME: 'b@d' is not a host name"),
@@ -11487,6 +11521,7 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
         "ZSR_STATE_DIR": "/s",
         "ZSR_CERT": "/c",
         "ZSR_KEY": "/k",
+        "ZSR_LOCAL_CA": "0",
         "ZSR_PAGE": "/p",
         "ZSR_TTL": "2h",
         "ZSR_MAX_MEMORY": "2G",
@@ -11504,6 +11539,8 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
     assert (limits.ttl, limits.max_memory) == (7200, 2 << 30)
     assert (limits.max_room_memory, limits.max_file) == (1 << 30, 128 << 20)
     assert (options.allow_null_origin, options.plain, options.log_level) == (True, False, "debug")
+    assert not options.local_ca
+    assert zsr.read_options([], {"ZSR_LOCAL_CA": "1"}).local_ca
     named = {action.dest for action in zsr.make_parser({})._actions} - {"help", "version"}
     assert {"ZSR_" + name.upper() for name in named} == set(environ)
     assert zsr.read_options(["--port", "2", "--ttl", "90"], environ).port == 2
@@ -11572,6 +11609,7 @@ def test_the_start_tells_where_to_go_and_what_to_compare(lasting_relay: Relay) -
     assert f"demo room    https://127.0.0.1:{lasting_relay.port}/#aaa" in told
     der = ssl.PEM_cert_to_DER_cert((lasting_relay.state / zsr.TLS_CERT).read_text())
     assert f"SHA-256 {hashlib.sha256(der).digest().hex(':').upper()}\n" in told
+    assert f"trust        https://127.0.0.1:{lasting_relay.port}/trust explains it" in told
     assert f"page         SHA-256 {hashlib.sha256(lasting_relay.get().body).hexdigest()}\n" in told
     assert "--name HOST" in told
 
@@ -11641,6 +11679,252 @@ def test_a_certificate_of_another_key_or_a_damaged_one_is_made_anew(tmp_path: Pa
     assert zsr.load_or_make_certificate(tmp_path, ["localhost"], NOW).public_key() == second.public_key()
 
 
+# ------------------------------------------------------------------------------------------------------ the local CA --
+
+OWN = zsr.LOOPBACK | {"chat.example", "192.0.2.1", "2001:db8::7"}
+
+
+def make_authority(state: Path, needed: Iterable[str] = OWN, now: datetime.datetime = NOW) -> zsr.Authority:
+    return zsr.load_or_make_authority(state, frozenset(needed), frozenset(), now)
+
+
+def pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in certificates)
+
+
+def is_trusted(name: str, authority: x509.Certificate, leaf: x509.Certificate, now: datetime.datetime = NOW) -> bool:
+    """Whether a device that trusts this CA alone takes the leaf for a server of that name: two verifiers, one answer."""
+    subject = x509.IPAddress(ipaddress.ip_address(name)) if zsr.is_address(name) else x509.DNSName(name)
+    policy = verification.PolicyBuilder().store(verification.Store([authority])).time(now)
+    try:
+        policy.build_server_verifier(subject).verify(leaf, [])
+        trusted = True
+    except verification.VerificationError:
+        trusted = False
+    assert openssl_trusts(name, authority, leaf, now) == trusted
+    return trusted
+
+
+def openssl_trusts(
+    name: str, authority: x509.Certificate, leaf: x509.Certificate, now: datetime.datetime, between: bytes = b""
+) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in (("ca", pem(authority)), ("leaf", pem(leaf)), ("between", between or pem(leaf))):
+            Path(folder, file).write_bytes(content)
+        kind = "-verify_ip" if zsr.is_address(name) else "-verify_hostname"
+        command = f"openssl verify -x509_strict -purpose sslserver -no-CApath -no-CAstore -attime {now.timestamp():.0f}"
+        asked = [*command.split(), kind, name, "-CAfile", "ca", "-untrusted", "between", "leaf"]
+        ended = subprocess.run(asked, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+    assert "error" in ended.stderr or ended.stdout == "leaf: OK\n", ended
+    return ended.returncode == 0
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_a_device_with_the_local_ca_trusts_the_relay_under_each_of_its_names(name: str, tmp_path: Path) -> None:
+    authority = make_authority(tmp_path)
+    leaf = zsr.load_or_make_certificate(tmp_path, OWN, NOW, authority)
+    assert is_trusted(name, authority.certificate, leaf)
+    assert not is_trusted(name, make_authority(tmp_path, {"other.example"}).certificate, leaf)
+
+
+@pytest.mark.parametrize("name", ["bank.example", "example", "notchat.example", "192.0.2.2", "2001:db8::8"])
+@pytest.mark.parametrize("beside", [(), ("chat.example", "192.0.2.1")])
+def test_a_stolen_ca_key_vouches_for_no_other_place(name: str, beside: tuple[str, ...], tmp_path: Path) -> None:
+    authority = make_authority(tmp_path)
+    forged = zsr.build_certificate(ec.generate_private_key(ec.SECP256R1()), [name, *beside], NOW, authority)
+    assert not is_trusted(name, authority.certificate, forged)
+    for each in beside:
+        assert not is_trusted(each, authority.certificate, forged)
+
+
+def test_a_local_ca_makes_no_other_ca(tmp_path: Path) -> None:
+    authority = make_authority(tmp_path)
+    key = ec.generate_private_key(ec.SECP256R1())
+    template = zsr.build_authority(key, OWN, NOW)
+    extensions = [(each.value, each.critical) for each in template.extensions if each.oid not in OF_THE_KEYS]
+    span = zsr.Span(template.not_valid_before_utc, template.not_valid_after_utc)
+    signed = (authority.certificate.subject, authority.key, span)
+    between = zsr.sign_certificate(template.subject, key.public_key(), *signed, *extensions)
+    leaf = zsr.build_certificate(ec.generate_private_key(ec.SECP256R1()), OWN, NOW, zsr.Authority(key, between))
+    assert openssl_trusts("chat.example", template, leaf, NOW)
+    assert not openssl_trusts("chat.example", authority.certificate, leaf, NOW, pem(between))
+
+
+OF_THE_KEYS = (
+    x509.OID_SUBJECT_KEY_IDENTIFIER,
+    x509.OID_AUTHORITY_KEY_IDENTIFIER,
+    x509.OID_EXTENDED_KEY_USAGE,
+)
+
+
+def test_the_local_ca_and_its_leaf_are_what_phones_take(tmp_path: Path) -> None:
+    authority = make_authority(tmp_path)
+    leaf = zsr.load_or_make_certificate(tmp_path, OWN, NOW, authority)
+    extensions = authority.certificate.extensions
+    constraints = extensions.get_extension_for_class(x509.NameConstraints)
+    assert constraints.critical
+    assert constraints.value.excluded_subtrees is None
+    assert {str(tree.value) for tree in constraints.value.permitted_subtrees or ()} == {
+        *("localhost", "chat.example", "127.0.0.1/32", "192.0.2.1/32", "::1/128", "2001:db8::7/128")
+    }
+    basic = extensions.get_extension_for_class(x509.BasicConstraints)
+    assert (basic.critical, basic.value.ca, basic.value.path_length) == (True, True, 0)
+    uses = extensions.get_extension_for_class(x509.KeyUsage).value
+    assert (uses.key_cert_sign, uses.crl_sign, uses.digital_signature) == (True, False, False)
+    assert list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [x509.OID_SERVER_AUTH]
+    assert authority.certificate.not_valid_after_utc - NOW > datetime.timedelta(days=3650)
+    assert leaf.not_valid_after_utc - leaf.not_valid_before_utc <= datetime.timedelta(days=825)
+    assert list(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [x509.OID_SERVER_AUTH]
+    assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_ca_is_always_constrained_for_both_kinds_of_name() -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    authority = zsr.Authority(key, zsr.build_authority(key, [], NOW))
+    for name in ("bank.example", "192.0.2.2", "2001:db8::8"):
+        forged = zsr.build_certificate(ec.generate_private_key(ec.SECP256R1()), [name], NOW, authority)
+        assert not is_trusted(name, authority.certificate, forged)
+
+
+def test_a_ca_is_kept_until_a_name_is_needed_that_it_cannot_vouch_for(tmp_path: Path) -> None:
+    first = make_authority(tmp_path)
+    assert not first.replaced
+    for fewer in (OWN, {"localhost"}):
+        kept = make_authority(tmp_path, fewer, NOW + datetime.timedelta(days=3000))
+        assert (kept.certificate, kept.replaced) == (first.certificate, False)
+    second = make_authority(tmp_path, {*OWN, "new.example"})
+    assert second.replaced
+    assert second.certificate.public_key() != first.certificate.public_key()
+    assert second.certificate.subject != first.certificate.subject
+    assert make_authority(tmp_path, {*OWN, "new.example"}).certificate == second.certificate
+
+
+def test_a_ca_that_ends_soon_is_replaced_and_no_leaf_outlives_its_ca(tmp_path: Path) -> None:
+    first, late = make_authority(tmp_path), NOW + datetime.timedelta(days=3600)
+    leaf = zsr.load_or_make_certificate(tmp_path, OWN, late, first)
+    assert leaf.not_valid_after_utc == first.certificate.not_valid_after_utc
+    assert is_trusted("192.0.2.1", first.certificate, leaf, late)
+    second = make_authority(tmp_path, OWN, NOW + datetime.timedelta(days=3640))
+    assert second.replaced
+
+
+@pytest.mark.parametrize("lost", [zsr.CA_KEY, zsr.CA_CERT])
+def test_a_ca_whose_half_was_lost_is_made_anew(lost: str, tmp_path: Path) -> None:
+    first = make_authority(tmp_path)
+    (tmp_path / lost).unlink()
+    second = make_authority(tmp_path)
+    assert second.certificate != first.certificate
+    assert second.replaced is (lost == zsr.CA_KEY)
+    assert make_authority(tmp_path).certificate == second.certificate
+    assert is_trusted("::1", second.certificate, zsr.load_or_make_certificate(tmp_path, OWN, NOW, second))
+
+
+def test_the_leaf_follows_its_issuer_with_the_same_key(tmp_path: Path) -> None:
+    alone = zsr.load_or_make_certificate(tmp_path, OWN, NOW)
+    first = make_authority(tmp_path)
+    under = zsr.load_or_make_certificate(tmp_path, OWN, NOW, first)
+    assert zsr.load_or_make_certificate(tmp_path, OWN, NOW, first) == under
+    second = make_authority(tmp_path, {*OWN, "new.example"})
+    moved = zsr.load_or_make_certificate(tmp_path, OWN, NOW, second)
+    again = zsr.load_or_make_certificate(tmp_path, OWN, NOW)
+    assert is_trusted("chat.example", second.certificate, moved)
+    assert [zsr.signed_by(each, each) for each in (alone, under, moved, again)] == [True, False, False, True]
+    assert alone.public_key() == under.public_key() == moved.public_key() == again.public_key()
+
+
+def test_addresses_that_come_and_go_cost_no_ca_where_names_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def credentials(*names: str) -> zsr.Credentials:
+        named = [part for name in names for part in ("--name", name)]
+        return zsr.load_credentials(zsr.read_options(["--local-ca", "--state-dir", str(tmp_path), *named], {}))
+
+    def covered(by: zsr.Credentials) -> frozenset[str]:
+        assert by.leaf
+        return zsr.certificate_names(by.leaf)
+
+    monkeypatch.setattr(zsr, "own_addresses", lambda: ["192.0.2.1"])
+    named = credentials("chat.example")
+    monkeypatch.setattr(zsr, "own_addresses", lambda: ["192.0.2.77"])
+    kept = credentials("chat.example")
+    assert (kept.authority, kept.leaf) == (named.authority, named.leaf)
+    assert "192.0.2.77" not in covered(kept)
+    nameless = credentials()
+    assert nameless.authority != named.authority
+    assert covered(nameless) == zsr.LOOPBACK | {"192.0.2.77"}
+
+
+@pytest.mark.relay("--local-ca")
+def test_a_relay_with_a_local_ca_is_trusted_by_who_has_that_and_hands_it_out(relay: Relay) -> None:
+    names = {zsr.TLS_KEY, zsr.TLS_CERT, zsr.IDENTITY_KEY, zsr.CA_KEY, zsr.CA_CERT}
+    assert {path.name for path in relay.state.iterdir()} == names
+    assert {stat.S_IMODE(path.stat().st_mode) for path in relay.state.iterdir()} == {0o600}
+    with Caller(relay, "aaa") as caller:  # checks the chain
+        caller.say(zsr.UpNonce(bytes(32)))
+        caller.hear(zsr.DownRelay)
+    der = ssl.PEM_cert_to_DER_cert((relay.state / zsr.CA_CERT).read_text())
+    told = relay.out.read_text()
+    assert f"local CA     SHA-256 {hashlib.sha256(der).digest().hex(':').upper()}\n" in told
+    assert f"https://127.0.0.1:{relay.port}/trust" in told
+    reply = relay.get("/ca.crt")
+    assert (reply.status, reply.body) == (200, der)
+    assert reply.fields["content-type"] == "application/x-x509-ca-cert"
+    assert reply.fields["content-disposition"] == 'attachment; filename="zerosecretroom-ca.crt"'
+    head = relay.get("/ca.crt", "HEAD")
+    assert (head.status, head.body, head.fields["content-length"]) == (200, b"", str(len(der)))
+    before, first = relay.get("/ca.mobileconfig"), relay.shown()
+    relay.restart()
+    assert relay.get("/ca.mobileconfig").body == before.body
+    assert relay.shown() == first
+    assert relay.err.read_text() == ""
+
+
+@pytest.mark.relay("--local-ca")
+def test_the_profile_holds_the_ca_and_nothing_else(relay: Relay, tmp_path: Path) -> None:
+    reply = relay.get("/ca.mobileconfig")
+    assert (reply.status, reply.fields["content-type"]) == (200, "application/x-apple-aspen-config")
+    profile = plistlib.loads(reply.body)
+    (payload,) = profile["PayloadContent"]
+    assert payload["PayloadContent"] == relay.get("/ca.crt").body
+    assert (profile["PayloadType"], payload["PayloadType"]) == ("Configuration", "com.apple.security.root")
+    assert {profile["PayloadVersion"], payload["PayloadVersion"]} == {1}
+    assert uuid.UUID(profile["PayloadUUID"]) != uuid.UUID(payload["PayloadUUID"])
+    assert profile["PayloadIdentifier"] != payload["PayloadIdentifier"]
+    other = plistlib.loads(zsr.profile_of(pem(make_authority(tmp_path).certificate)))
+    assert other["PayloadUUID"] != profile["PayloadUUID"]
+    assert other["PayloadIdentifier"] != profile["PayloadIdentifier"]
+
+
+@pytest.mark.relay("--local-ca")
+def test_the_leaf_alone_is_served_and_that_suffices(relay: Relay) -> None:
+    asked = f"openssl s_client -connect 127.0.0.1:{relay.port} -verify_ip 127.0.0.1 -no-CApath -showcerts -CAfile"
+    command = [*asked.split(), str(relay.anchor)]
+    ended = subprocess.run(command, input="", capture_output=True, text=True, timeout=PATIENCE)
+    assert "Verify return code: 0 (ok)" in ended.stdout
+    assert ended.stdout.count("-----BEGIN CERTIFICATE-----") == 1
+
+
+def test_a_name_beyond_the_ca_is_told_to_the_operator(tmp_path: Path) -> None:
+    relay = Relay(tmp_path, "--local-ca", "--name", "one.example").start()
+    try:
+        before = relay.get("/ca.crt").body
+        assert relay.err.read_text() == ""
+        relay.kill()
+        relay.options = (*relay.options, "--name", "two.example")
+        relay.start()
+        assert relay.get("/ca.crt").body != before
+        told = (
+            "WARNING the local CA was made anew, for new names or its age: phones must install it again from /trust\n"
+        )
+        assert relay.err.read_text() == told
+    finally:
+        relay.kill()
+
+
+# ---------------------------------------------------------------------------------------------------- keys and files --
+
+
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"-----BEGIN PRIVATE KEY-----\nAA\n-----END PRIVATE KEY-----\n"])
 def test_a_damaged_key_is_never_replaced_in_silence(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / zsr.IDENTITY_KEY
@@ -11692,31 +11976,225 @@ def test_identity_and_certificate_outlive_a_kill(relay: Relay) -> None:
     assert shown() == before
 
 
-def test_an_operators_certificate_is_used_names_its_hosts_and_is_reloaded(tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    own.mkdir()
-    for folder in (own, tmp_path / "next"):
-        folder.mkdir(exist_ok=True)
-        now = datetime.datetime.now(datetime.timezone.utc)
-        zsr.load_or_make_certificate(folder, ["127.0.0.1", "mine.example"], now)
-    relay = Relay(tmp_path / "r", "--cert", str(own / zsr.TLS_CERT), "--key", str(own / zsr.TLS_KEY)).start()
+# --------------------------------------------------------------------------------- another certificate while it runs --
 
-    def served() -> str:
-        return ssl.get_server_certificate(("127.0.0.1", relay.port), timeout=PATIENCE).strip()
 
+class Brought:
+    """A relay with a certificate of its operator's, and pairs to put in its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cert, self.key = folder / "own" / "cert.pem", folder / "own" / "key.pem"
+        self.folder = folder
+        self.cert.parent.mkdir()
+        self.first = self.pair("first", "127.0.0.1", "mine.example")
+        self.put(self.first)
+        options = ("--cert", str(self.cert), "--key", str(self.key), "--log-level", "debug")
+        self.relay = Relay(folder / "r", *options).start()
+
+    def pair(self, name: str, *names: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir()
+        zsr.load_or_make_certificate(folder, names, datetime.datetime.now(datetime.timezone.utc))
+        return folder
+
+    def put(self, pair: Path) -> None:
+        shutil.copy(pair / zsr.TLS_CERT, self.cert)
+        shutil.copy(pair / zsr.TLS_KEY, self.key)
+
+    def shows(self, pair: Path) -> bool:
+        return self.relay.shown() == x509.load_pem_x509_certificate((pair / zsr.TLS_CERT).read_bytes())
+
+    def complains(self, times: int) -> bool:
+        return self.complaints() == times
+
+    def complaints(self) -> int:
+        """Every line of the log says that a certificate was or was not taken; how many say the latter."""
+        lines = [line for line in self.relay.err.read_text().splitlines() if not line.startswith("DEBUG ")]
+        refused = [line for line in lines if line.startswith("ERROR certificate not reloaded: ")]
+        assert len(refused) + lines.count("INFO certificate reloaded") == len(lines), lines
+        return len(refused)
+
+
+@pytest.fixture
+def brought(tmp_path: Path) -> Iterator[Brought]:
+    made = Brought(tmp_path)
+    yield made
+    made.relay.kill()
+
+
+def looks_again(relay: Relay) -> None:
+    """Returns once a relay that logs its sweeps, one a second, has looked at its certificate at least once more."""
+
+    def sweeps() -> int:
+        return relay.err.read_text().count(" connections, ")
+
+    enough = sweeps() + 2 * zsr.Limits().upkeep_seconds
+    eventually(lambda: sweeps() > enough, "it looked again")
+
+
+def lives(caller: Caller) -> bool:
+    caller.say(zsr.UpPing(7))
+    return caller.hear(zsr.DownPong) is not None
+
+
+def test_an_operators_certificate_is_used_and_names_its_hosts(brought: Brought) -> None:
+    assert brought.shows(brought.first)
+    told = brought.relay.out.read_text()
+    assert "self-signed" not in told
+    assert "/trust" not in told
+    assert "--name HOST" not in told
+    assert [path.name for path in brought.relay.state.iterdir()] == [zsr.IDENTITY_KEY]
+
+
+def test_a_pair_that_is_half_written_or_does_not_fit_changes_nothing_and_is_one_line(
+    brought: Brought, home: House
+) -> None:
+    other, whole = brought.pair("other", "127.0.0.1"), brought.cert.read_bytes()
+    broken: list[tuple[Path, bytes | None]] = [
+        (brought.cert, (other / zsr.TLS_CERT).read_bytes()),
+        (brought.cert, whole[: len(whole) // 2]),
+        (brought.cert, whole + whole[: len(whole) // 2]),
+        (brought.cert, b""),
+        (brought.cert, None),
+        (brought.key, (other / zsr.TLS_KEY).read_bytes()[:-40]),
+        (brought.key, None),
+    ]
+    with present(brought.relay, home.ann, home.made) as caller:
+        for number, (path, content) in enumerate(broken, 1):
+            brought.put(brought.first)
+            path.unlink() if content is None else path.write_bytes(content)
+            brought.relay.signal("SIGHUP")
+            eventually(functools.partial(brought.complains, number), f"{path.name} {number} is refused")
+            assert brought.shows(brought.first)
+        assert lives(caller)
+    brought.put(brought.first)
+    assert zsr.fingerprint(brought.relay.shown()) in trust_text(brought.relay)
+
+
+def test_on_a_signal_new_connections_get_the_new_certificate_and_open_ones_live_on(
+    brought: Brought, home: House
+) -> None:
+    other = brought.pair("other", "mine.example")
+    with present(brought.relay, home.ann, home.made) as before, Caller(brought.relay, zsr.b64u(bytes(32))) as stranger:
+        brought.put(other)
+        brought.relay.signal("SIGHUP")
+        eventually(lambda: brought.shows(other), "the new one is served")
+        assert lives(before)
+        stranger.login(new_device(bytes(32)))  # at 127.0.0.1, which the new one does not name
+        assert stranger.hear(zsr.DownFault).code == "host"
+    assert brought.complaints() == 0
+
+
+def test_files_that_change_are_loaded_without_a_signal_once_they_fit(brought: Brought, home: House) -> None:
+    other = brought.pair("other", "127.0.0.1")
+    with present(brought.relay, home.ann, home.made) as caller:
+        shutil.copy(other / zsr.TLS_CERT, brought.cert)
+        eventually(lambda: brought.complaints() == 1, "half a pair is refused")
+        looks_again(brought.relay)
+        assert brought.shows(brought.first)
+        replacement = brought.key.with_suffix(".new")
+        shutil.copy(other / zsr.TLS_KEY, replacement)
+        replacement.replace(brought.key)
+        eventually(lambda: brought.shows(other), "the new one is served")
+        assert lives(caller)
+    assert brought.complaints() == 1
+    assert zsr.fingerprint(brought.relay.shown()) in trust_text(brought.relay)
+
+
+class Years(Relay):
+    """A relay whose calendar the test turns; what it shows may be valid only then."""
+
+    later = 0
+
+    @property
+    def calendar(self) -> Path:
+        return self.out.with_name("days")
+
+    @property
+    def command(self) -> list[str]:
+        code = f"""import datetime, pathlib, sys; sys.path.insert(0, {str(ROOT)!r})
+import zerosecretroom as zsr
+now, calendar = zsr.utc_now, pathlib.Path({str(self.calendar)!r})
+zsr.utc_now = lambda: now() + datetime.timedelta(days=int(calendar.read_text()))
+raise SystemExit(zsr.main())"""
+        return [sys.executable, "-c", code, *super().command[2:]]
+
+    def wait(self, days: int) -> None:
+        written = self.calendar.with_suffix(".new")
+        written.write_text(str(days))
+        written.replace(self.calendar)
+        self.later = days
+
+    @property
+    def today(self) -> datetime.datetime:
+        return datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=self.later)
+
+    def trust(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+
+
+@contextmanager
+def years(folder: Path, *options: str) -> Iterator[Years]:
+    folder.mkdir(exist_ok=True)
+    relay = Years(folder, *options)
+    relay.wait(0)
+    relay.start()
     try:
-        assert served() == (own / zsr.TLS_CERT).read_text().strip()
-        assert "self-signed" not in relay.out.read_text()
-        assert "--name HOST" not in relay.out.read_text()
-        assert [path.name for path in relay.state.iterdir()] == [zsr.IDENTITY_KEY]
-        shutil.copy(tmp_path / "next" / zsr.TLS_CERT, own)
-        relay.signal("SIGHUP")
-        eventually(lambda: "certificate not reloaded" in relay.err.read_text(), "a half-changed pair is refused")
-        shutil.copy(tmp_path / "next" / zsr.TLS_KEY, own)
-        relay.signal("SIGHUP")
-        eventually(lambda: served() == (tmp_path / "next" / zsr.TLS_CERT).read_text().strip(), "the new one is served")
+        yield relay
     finally:
         relay.kill()
+
+
+@pytest.mark.parametrize("options", [(), ("--local-ca",)], ids=["self-signed", "local-ca"])
+def test_a_relay_that_runs_for_years_renews_its_certificate_in_time(
+    options: tuple[str, ...], tmp_path: Path, home: House
+) -> None:
+    with years(tmp_path, *options) as relay, present(relay, home.ann, home.made) as caller:
+        before = relay.shown()
+        relay.wait(800)
+        eventually(lambda: relay.shown() != before, "renewed")
+        after = relay.shown()
+        assert after.public_key() == before.public_key()
+        assert before.not_valid_after_utc > relay.today > after.not_valid_before_utc
+        assert after.not_valid_after_utc - relay.today > datetime.timedelta(days=800)
+        anchor = x509.load_pem_x509_certificate(relay.anchor.read_bytes())
+        assert is_trusted("127.0.0.1", anchor, after, relay.today) if options else anchor == after
+        assert zsr.fingerprint(after) in trust_text(relay)
+        assert zsr.fingerprint(before) not in trust_text(relay)
+        assert lives(caller)
+        assert relay.err.read_text() == "INFO certificate reloaded\n"
+
+
+def test_a_ca_that_ends_is_replaced_while_the_relay_runs(tmp_path: Path, home: House) -> None:
+    with years(tmp_path, "--local-ca") as relay, present(relay, home.ann, home.made) as caller:
+        before = relay.get("/ca.crt").body
+        relay.wait(3640)
+        eventually(lambda: relay.get("/ca.crt").body != before, "another CA")
+        anchor = x509.load_der_x509_certificate(relay.get("/ca.crt").body)
+        assert is_trusted("127.0.0.1", anchor, relay.shown(), relay.today)
+        assert lives(caller)
+        assert "phones must install it again from /trust" in relay.err.read_text()
+
+
+def test_a_renewal_that_fails_is_told_once_and_changes_nothing(tmp_path: Path) -> None:
+    with years(tmp_path, "--log-level", "debug") as relay:
+
+        def log_of(line: str) -> int:
+            return relay.err.read_text().count(line)
+
+        before = relay.shown()
+        (relay.state / zsr.TLS_CERT).unlink()
+        (relay.state / zsr.TLS_CERT).mkdir()
+        relay.wait(800)
+        eventually(lambda: log_of("certificate not reloaded: "), "told")
+        looks_again(relay)
+        assert relay.shown() == before
+        (relay.state / zsr.TLS_CERT).rmdir()
+        relay.signal("SIGHUP")
+        eventually(lambda: relay.shown() != before, "renewed")
+        assert log_of("certificate not reloaded: ") == 1
 
 
 def test_a_certificate_that_does_not_fit_its_key_is_one_line(tmp_path: Path) -> None:
@@ -11786,6 +12264,9 @@ def test_the_page_is_compressed_for_who_takes_it(lasting_relay: Relay) -> None:
         assert "content-encoding" not in lasting_relay.get(Accept_Encoding=refusal).fields
 
 
+NO_CA = b"this relay has no local CA: /trust says what to do, and --local-ca at its start makes one\n"
+
+
 def test_a_known_page_is_not_sent_again(lasting_relay: Relay) -> None:
     tag = lasting_relay.get().fields["etag"]
     for known in (tag, f'"other", {tag}', "*"):
@@ -11801,7 +12282,11 @@ def test_a_known_page_is_not_sent_again(lasting_relay: Relay) -> None:
         ("HEAD", "/healthz", 200, b""),
         ("HEAD", "/", 200, b""),
         ("GET", "/?from=somewhere", 200, None),
-        ("GET", "/nothing", 404, b"there is nothing here: the page is at /\n"),
+        ("GET", "/nothing", 404, b"there is nothing here: the page is at /, its certificate is explained at /trust\n"),
+        ("GET", "/ca.crt", 404, NO_CA),
+        ("GET", "/ca.mobileconfig", 404, NO_CA),
+        ("HEAD", "/trust", 200, b""),
+        ("POST", "/trust", 405, None),
         ("GET", "/../etc/passwd", 404, None),
         ("POST", "/", 405, b"only GET and HEAD are answered\n"),
         ("DELETE", "/healthz", 405, None),
@@ -11820,6 +12305,91 @@ def test_other_requests_are_answered_plainly(
         assert reply.fields["allow"] == "GET, HEAD"
     if method == "HEAD":
         assert int(reply.fields["content-length"]) > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ /trust --
+
+
+@pytest.mark.parametrize("options", [(), ("--local-ca",)], ids=["self-signed", "local-ca"])
+def test_trust_shows_what_to_compare_and_on_each_device_what_to_do(options: tuple[str, ...], tmp_path: Path) -> None:
+    relay = Relay(tmp_path, *options).start()
+    try:
+        text, told = trust_text(relay), relay.out.read_text()
+        assert zsr.fingerprint(relay.shown()) in text
+        assert relay.shown().not_valid_after_utc.date().isoformat() in text
+        for line in re.findall("SHA-256 (.*)", told):
+            assert line in text
+        for platform in ("iPhone, iPad", "Android", "Windows", "macOS", "Linux, and Firefox"):
+            assert platform in text
+        links = set(re.findall(r'href="([^"]*)"', relay.get("/trust").body.decode())) - {"data:,"}
+        assert links == ({"/", "/ca.crt", "/ca.mobileconfig"} if options else {"/"})
+        assert {relay.get(link).status for link in links} == {200}
+        assert ("start with --local-ca" in text) is not bool(options)
+    finally:
+        relay.kill()
+
+
+def test_trust_is_served_as_safely_as_the_page(lasting_relay: Relay) -> None:
+    reply, page = lasting_relay.get("/trust"), lasting_relay.get()
+    style = re.findall(rb"<style>(.*?)</style>", reply.body, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style[0]).digest()).decode()
+    assert (len(style), reply.fields["content-security-policy"]) == (
+        1,
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'",
+    )
+    assert b"<script" not in reply.body
+    assert b" style=" not in reply.body
+    own = {"date", "content-security-policy", "content-length", "etag"}
+    assert {name: reply.fields[name] for name in reply.fields if name not in own} == {
+        name: page.fields[name] for name in page.fields if name not in own
+    }
+    assert reply.fields["etag"] == f'W/"{hashlib.sha256(reply.body).hexdigest()[:32]}"'
+    assert lasting_relay.get("/trust", If_None_Match=reply.fields["etag"]).status == 304
+    packed = lasting_relay.get("/trust", Accept_Encoding="gzip")
+    assert packed.fields["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == reply.body
+    assert len(packed.body) < 8192
+
+
+def test_trust_is_short_where_the_certificate_is_not_the_relays(brought: Brought, tmp_path: Path) -> None:
+    text = trust_text(brought.relay)
+    assert "brought its certificate" in text
+    assert zsr.fingerprint(brought.relay.shown()) in text
+    assert "On your device" not in text
+    assert brought.relay.get("/ca.crt").status == 404
+    plain = Relay(tmp_path / "plain", "--plain").start()
+    try:
+        assert "that of a proxy" in trust_text(plain)
+        assert hashlib.sha256(plain.get().body).hexdigest() in trust_text(plain)
+    finally:
+        plain.kill()
+
+
+EACH_TRUST = [
+    zsr.Trust(zsr.SELF_SIGNED, "AA:BB", "2030-01-01"),
+    zsr.Trust(zsr.LOCAL_CA, "AA:BB", "2030-01-01", b"der"),
+    zsr.Trust(zsr.BROUGHT, "AA:BB", "2030-01-01"),
+    zsr.Trust(zsr.PROXY),
+]
+
+
+def test_trust_is_valid_html_whatever_it_tells(tmp_path: Path) -> None:
+    for trust in EACH_TRUST:
+        (tmp_path / f"{trust.kind}.html").write_bytes(zsr.trust_document(trust, "0" * 64).body)
+    program = str(NODE_MODULES / ".bin" / "html-validate")
+    validate = [program, "--max-warnings", "0", "--config", str(ROOT / ".htmlvalidate.json")]
+    ended = subprocess.run([*validate, *tmp_path.iterdir()], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+def test_trust_escapes_what_it_is_told() -> None:
+    body = zsr.trust_document(zsr.Trust(zsr.SELF_SIGNED, "<b>&", "<i>"), "0" * 64).body
+    assert b"&lt;b&gt;&amp;" in body
+    assert b"valid to &lt;i&gt;" in body
+
+
+# ------------------------------------------------------------------------------------------------------ malformed heads --
 
 
 def tls_socket(relay: Relay, context: ssl.SSLContext) -> ssl.SSLSocket:
@@ -13110,6 +13680,25 @@ def test_a_page_whose_socket_never_opens_says_what_that_means(arrive: Arrive, re
         ann.find("alert").says("The page loads but its connection is refused.")
     relay.start()
     is_connected(ann)
+
+
+@pytest.mark.relay("--local-ca")
+@on_engines()
+def test_trust_can_be_read_on_a_phone(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine, PHONE)
+    ann.goto(relay.url("/trust"))
+    ann.find("heading", "Is this the right relay?", level=1).appears()
+    ann.css("summary").nth(0).click()
+    ann.find("link", "the profile").appears()
+    ann.js("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    for width in (PHONE[0], 320):
+        ann.size(width, PHONE[1])
+        ann.wait(f"innerWidth === {width}")
+        assert ann.js("document.documentElement.scrollWidth") <= width
+    ground = ann.js("getComputedStyle(document.body).backgroundColor")
+    assert ground in ("rgb(239, 243, 244)", "rgb(9, 15, 17)"), "its style is allowed"
+    ann.click("link", "ZeroSecretRoom")
+    ann.find("button", "New room").appears()
 
 
 @on_engines("firefox")

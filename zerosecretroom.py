@@ -7,7 +7,7 @@
 
 What it can see: room ids, device public keys, signed charters, rosters and commits (who is listed, who is an admin),
 sizes, times, addresses of sockets, who is connected. What it cannot see: any key of a room, text, names, titles, file
-names, thumbnails, reactions. It keeps everything in memory; on disk lie its TLS key, certificate and identity key.
+names, thumbnails, reactions. It keeps everything in memory; on disk lie keys and certificates.
 
 The socket is wss://HOST/ws/ROOM (ROOM = base64url of the room id, or aaa). A message holds one or more frames, each
 behind its u32 length; a frame is a u8 type and the fields that the Wire room gives it. Every frame with a ref is
@@ -34,7 +34,7 @@ Map. Each room names only rooms above it.
     Errors       PeerFault (told to the peer, the socket stays), OperatorFault (one line on stderr, exit 2)
     Wire         strict bytes <-> frozen dataclasses, and the checks of signed objects; no state
     Rooms        the state: handle(conn, message, now) -> effects; no clock, no socket, no await
-    Page         index.html as it is served: hashes, policy, headers; the answers to plain requests
+    Page         index.html as it is served: hashes, policy, headers; /trust; the answers to plain requests
     Certificate  TLS key and certificate, the relay's identity; the only writer of files
     Link         sockets, TLS, outboxes, effects; the only user of asyncio and websockets
     Command      options, start, signals, systemd
@@ -61,11 +61,13 @@ import email.utils
 import errno
 import gzip
 import hashlib
+import html
 import ipaddress
 import itertools
 import logging
 import operator
 import os
+import plistlib
 import re
 import signal
 import socket
@@ -73,6 +75,7 @@ import ssl
 import struct
 import time
 import traceback
+import uuid
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -161,6 +164,8 @@ class Limits:
     slow_seconds: float = 60.0  # s after which a connected device that acks nothing holds back nobody's bytes
     rotation_seconds: float = 10.0  # s between two commits on an unchanged roster
     resync_seconds: float = 60.0  # s between two resyncs of one device under one head
+    upkeep_seconds: float = 3.0  # s between looks at the certificate's files and its end: two calls of stat
+    renewal_retry: float = 3600.0  # s from a renewal that failed to the next: the disk may be full
     sweep_seconds: float = 30.0  # s between looks at everything that time ends: 20,000 rooms take 0.1 s
     full_retry_ms: int = 5000  # ms a sender waits after `full`: acks free bytes within seconds
     demo_ttl: float = 3600.0  # s an event stays in the demo room
@@ -1839,7 +1844,8 @@ class Rooms:
         random: Callable[[int], bytes],
         wall: Callable[[], int],
     ) -> None:
-        self._limits, self._identity, self._run, self._names = limits, identity, run, names
+        self._limits, self._identity, self._run = limits, identity, run
+        self.names = names  # of hosts under which a login counts; another certificate may bring others
         self._random, self._wall = random, wall
         self._verifier = Verifier(limits)
         self._purse = Purse()
@@ -2098,7 +2104,7 @@ class Rooms:
         room, login = peer.room, decode(Login, frame.m)
         if login.relay != self._identity.public:
             raise PeerFault("login", "login is for another relay")
-        if self._names and login.host.lower() not in self._names:
+        if self.names and login.host.lower() not in self.names:
             raise PeerFault("host", "login is for a name this relay does not go by")
         if login.room != room.id or login.client_nonce + login.relay_nonce != peer.nonces:
             raise PeerFault("login", "login is for another socket")
@@ -2773,8 +2779,9 @@ class OperatorFault(Exception):
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# Page: index.html as it is served, and the answer to every request that is not a socket. Reads one file, once; bytes
-# in, bytes out. Nothing is filled into the page, so that the SHA-256 printed at start is that of what browsers get.
+# Page: index.html as it is served, the page /trust, and the answer to every request that is not a socket. Reads one
+# file, once; bytes in, bytes out. Nothing is filled into index.html, so that the SHA-256 printed at start is that of
+# what browsers get; /trust has no script and is filled anew with each certificate.
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 HOST = re.compile(r"[A-Za-z0-9.\-\[\]:]{1,255}")
 REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
@@ -2809,6 +2816,10 @@ class HttpRequest:
         """The Host field, or nothing where it could not be put into a header or an address."""
         host = self.fields.get("host", "")
         return host if HOST.fullmatch(host) else ""
+
+    @property
+    def head_only(self) -> bool:
+        return self.method == "HEAD"
 
     @property
     def wants_socket(self) -> bool:
@@ -2857,30 +2868,308 @@ def accepts_gzip(field: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """index.html: its bytes, the same compressed, their SHA-256 in hex, and the sources its policy allows."""
+class Document:
+    """What everyone gets alike: its bytes, the same compressed, their SHA-256 in hex, and the fields it goes with."""
 
     body: bytes
     packed: bytes
     sha256: str
+    fields: Mapping[str, str]
+
+    @classmethod
+    def of(cls, body: bytes, kind: str, **fields: str) -> Document:
+        """Underscores in the names of fields stand for hyphens."""
+        named = {"Content-Type": kind, **{name.replace("_", "-"): value for name, value in fields.items()}}
+        return cls(body, gzip.compress(body, 9, mtime=0), hashlib.sha256(body).hexdigest(), named)
+
+    def answer(self, request: HttpRequest, fields: Mapping[str, str] | None = None) -> bytes:
+        tag = f'W/"{self.sha256[:32]}"'
+        named = {**self.fields, **(fields or {}), "ETag": tag, "Vary": "Accept-Encoding"}
+        known = [each.strip() for each in request.fields.get("if-none-match", "").split(",")]
+        if tag in known or "*" in known:
+            return respond("304 Not Modified", named, self.body, head_only=True)
+        if len(self.packed) < len(self.body) and accepts_gzip(request.fields.get("accept-encoding", "")):
+            return respond("200 OK", {**named, "Content-Encoding": "gzip"}, self.packed, request.head_only)
+        return respond("200 OK", named, self.body, request.head_only)
+
+
+def block_hashes(body: bytes) -> dict[str, str]:
+    """The sources that let a page's own inline blocks run: for script and style each."""
+    found: dict[str, list[str]] = {"script": [], "style": []}
+    for kind, block in INLINE_BLOCK.findall(body):
+        digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
+        found[kind.decode().lower()].append(f"'sha256-{digest}'")
+    return {kind: " ".join(hashes) or "'none'" for kind, hashes in found.items()}
+
+
+# ── /trust: what the certificate warning means, and what to do about it on each kind of device ───────────────────────
+PROFILE, CA_FILE = "/ca.mobileconfig", "/ca.crt"
+SELF_SIGNED, LOCAL_CA, BROUGHT, PROXY = "self-signed", "local-ca", "brought", "proxy"
+HTML = "text/html; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What is to be told of the certificate in use: who made it (one of the four words above), its SHA-256 as browsers
+    show it, its last day, and the local CA as DER where there is one."""
+
+    kind: str
+    fingerprint: str = ""
+    ends: str = ""
+    authority: bytes = b""
+
+
+class Platform(NamedTuple):
+    """A kind of device, in HTML: what it says of a certificate it does not know, and how it comes to trust the CA."""
+
+    name: str
+    warning: str
+    steps: tuple[str, ...]
+
+
+PLATFORMS = (
+    Platform(
+        "iPhone, iPad",
+        "Safari says <b>This Connection Is Not Private</b>. Tap <b>Show Details</b>, then <b>view the certificate</b> "
+        "to compare it, then <b>visit this website</b>. Some versions then show the page and still refuse its "
+        "connection: only a certificate that the phone trusts helps.",
+        (
+            f'In Safari open <a href="{PROFILE}">the profile</a> and tap <b>Allow</b>. iOS calls it Not Signed.',
+            "Settings, General, <b>VPN &amp; Device Management</b>: open the profile, tap <b>More Details</b> and the "
+            "certificate to compare it, then <b>Install</b>.",
+            "Settings, General, About, <b>Certificate Trust Settings</b>: switch it on. Nothing changes before that.",
+        ),
+    ),
+    Platform(
+        "Android",
+        "Chrome says <b>Your connection is not private</b>. Tap the sign before the address and open the certificate’s "
+        "details to compare it; then <b>Advanced</b>, <b>Proceed</b>.",
+        (
+            f'Download <a href="{CA_FILE}">the CA certificate</a>.',
+            "In Settings search for <b>CA certificate</b> (under Security, Encryption &amp; credentials, Install a "
+            "certificate), tap <b>Install anyway</b> and choose <code>zerosecretroom-ca.crt</code>.",
+            "Compare it under Trusted credentials, <b>User</b>, and remove it if it differs. Android says from then on "
+            "that the network may be monitored; this CA can vouch for this relay only.",
+            "Firefox for Android: Settings, About Firefox, tap the logo five times; then Settings, Secret "
+            "Settings, <b>Use third party CA certificates</b>.",
+        ),
+    ),
+    Platform(
+        "Windows",
+        "Edge and Chrome say <b>Your connection isn’t private</b>. Click <b>Not secure</b> before the address and open "
+        "the certificate to compare it; then <b>Advanced</b>, <b>Continue</b>.",
+        (
+            f'Download <a href="{CA_FILE}">the CA certificate</a>, open it and compare it: <b>Details</b> shows an '
+            "SHA-1 thumbprint only, so look at its SHA-256 with <code>certutil -hashfile zerosecretroom-ca.crt "
+            "SHA256</code>.",
+            "<b>Install Certificate</b>, Current User, Place all certificates in the following store, <b>Trusted Root "
+            "Certification Authorities</b>. Start the browser again.",
+        ),
+    ),
+    Platform(
+        "macOS",
+        "Safari says <b>This Connection Is Not Private</b>. Click <b>Show Details</b>, <b>view the certificate</b> to "
+        "compare it, then <b>visit this website</b>.",
+        (
+            f'Download <a href="{CA_FILE}">the CA certificate</a> and open it: Keychain Access adds it.',
+            "Double-click it there and compare it. Under <b>Trust</b> choose Always Trust for <b>SSL</b>.",
+        ),
+    ),
+    Platform(
+        "Linux, and Firefox on any computer",
+        "Firefox says <b>Warning: Potential Security Risk Ahead</b>. Click <b>Advanced</b>, <b>View Certificate</b> to "
+        "compare it, then <b>Accept the Risk and Continue</b>.",
+        (
+            f'Download <a href="{CA_FILE}">the CA certificate</a>; <code>sha256sum zerosecretroom-ca.crt</code> gives '
+            "its SHA-256.",
+            "Firefox: Settings, Privacy &amp; Security, View Certificates, <b>Authorities</b>, Import; tick "
+            "<b>identify websites</b>.",
+            "Chromium: <code>chrome://certificate-manager</code>, Local certificates, <b>Installed by you</b>, Import.",
+        ),
+    ),
+)
+WHO_VOUCHES = {
+    SELF_SIGNED: "The relay made its certificate itself. No authority that your device knows vouches for it, so the "
+    "browser warns. What you send is encrypted all the same; the open question is <b>to whom</b>, and the fingerprint "
+    "answers it.",
+    LOCAL_CA: "The relay’s certificate is signed by a CA of its own. Your browser warns until this device trusts that "
+    "CA. What you send is encrypted all the same; the open question is <b>to whom</b>, and the fingerprints answer it.",
+    BROUGHT: "Whoever runs this relay brought its certificate. Where your browser does not warn, there is nothing to "
+    "do here. Where it does, compare the fingerprint before you go on.",
+    PROXY: "The certificate is that of a proxy before the relay. Where your browser does not warn, there is nothing "
+    "to do here. Where it does, ask whoever runs the relay before you go on.",
+}
+COMPARE = (
+    '<p class="note"><b>Compare with what whoever runs the relay tells you by another way:</b> aloud, on paper, from '
+    "the relay’s own screen. This page proves nothing by itself: who could fake the certificate could fake this page "
+    "too. Browsers may leave out the colons.</p>"
+)
+NO_CA_HERE = (
+    "<p>A phone that shows the page and still refuses its connection needs a certificate it trusts. Ask whoever runs "
+    "the relay for one, or for a start with <code>--local-ca</code>.</p>"
+)
+CA_HERE = (
+    "<p>The CA can vouch for nothing but this relay’s own names and addresses: whoever stole its key could impersonate "
+    "this relay and no other place. Remove it where you installed it, once you use this relay no more.</p>"
+)
+TRUST_STYLE = """
+:root { color-scheme: light; --bg: #eff3f4; --surface: #fafcfc; --ink: #141e1f; --ink-2: #465255; --line: #dbe1e2;
+  --accent: #00615c; --tint: #faf0da }
+@media (prefers-color-scheme: dark) { :root { color-scheme: dark; --bg: #090f11; --surface: #101719; --ink: #e8eeee;
+  --ink-2: #aab5b6; --line: #293234; --accent: #7ad8cf; --tint: #33270d } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-inline-size: 44rem; padding: 16px 16px 48px; background: var(--bg); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; overflow-wrap: anywhere }
+header { display: flex; gap: 10px; align-items: center; min-block-size: 44px; font-weight: 650 }
+svg { inline-size: 22px; block-size: 22px; fill: none; stroke: var(--accent) }
+h1, h2, h3 { margin: 0; line-height: 1.2; font-weight: 650; letter-spacing: -.01em; text-wrap: balance }
+h1 { margin-block: 16px 8px; font-size: clamp(1.75rem, 1.3rem + 1.8vw, 2.5rem) }
+h2 { margin-block: 32px 8px; font-size: 1.3125rem }
+h3 { display: inline; font-size: 1rem }
+p { margin-block: 8px }
+a { color: var(--accent); text-underline-offset: .18em }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+code, dd { font-family: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "Noto Sans Mono", monospace;
+  font-size: .875rem }
+dl, details, .note { margin-block: 12px; padding: 12px 16px; border-radius: 14px; background: var(--surface) }
+dl, details { border: 1px solid var(--line) }
+dt { color: var(--ink-2); font-size: .8125rem }
+dd { margin: 0 }
+dd + dt { margin-block-start: 12px }
+details { padding-block: 0 }
+summary { min-block-size: 44px; padding-block: 10px; cursor: pointer }
+ol { padding-inline-start: 20px }
+li { margin-block: 6px }
+.note { background: var(--tint) }
+"""
+TRUST_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Is this the right relay? · ZeroSecretRoom</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<header><svg viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="10" stroke-width="2"
+ stroke-dasharray="8.47 2" transform="rotate(-90 12 12)"/><circle cx="12" cy="12" r="5.5" stroke-width="2.5"/></svg>
+<a href="/">ZeroSecretRoom</a></header>
+<main>
+<h1>Is this the right relay?</h1>
+<p>{who}</p>
+<dl>
+{prints}
+</dl>
+{compare}
+{devices}
+</main>
+</body>
+</html>
+"""
+
+
+def trust_document(trust: Trust, page_sha256: str) -> Document:
+    """The page /trust. What does not come from this room is escaped."""
+    own = trust.kind in (SELF_SIGNED, LOCAL_CA)
+    body = TRUST_PAGE.format(
+        style=TRUST_STYLE,
+        who=WHO_VOUCHES[trust.kind],
+        prints="\n".join(trust_prints(trust, page_sha256)),
+        compare=COMPARE,
+        devices="\n".join(trust_platforms(trust)) if own else "",
+    ).encode()
+    policy = (
+        f"default-src 'none'; style-src {block_hashes(body)['style']}; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+    return Document.of(body, HTML, Content_Security_Policy=policy)
+
+
+def trust_prints(trust: Trust, page_sha256: str) -> Iterator[str]:
+    """What there is to compare, with places where a narrow screen may break the line."""
+    if trust.fingerprint:
+        digits = html.escape(trust.fingerprint).replace(":", ":<wbr>")
+        yield f"<dt>Certificate, SHA-256, valid to {html.escape(trust.ends)}</dt><dd>{digits}</dd>"
+    if trust.authority:
+        digits = hashlib.sha256(trust.authority).digest().hex(":").upper().replace(":", ":<wbr>")
+        yield f"<dt>Local CA, SHA-256</dt><dd>{digits}</dd>"
+    digits = "<wbr>".join(re.findall(".{8}", page_sha256))
+    yield f"<dt>Page, SHA-256, the same in its Settings under About</dt><dd>{digits}</dd>"
+
+
+def trust_platforms(trust: Trust) -> Iterator[str]:
+    yield "<h2>On your device</h2>"
+    for platform in PLATFORMS:
+        yield f"<details><summary><h3>{platform.name}</h3></summary><p>{platform.warning}</p>"
+        if trust.authority:
+            steps = "".join(f"<li>{step}</li>" for step in platform.steps)
+            yield f"<p>To be asked no more, let it trust the local CA:</p><ol>{steps}</ol>"
+        yield "</details>"
+    yield CA_HERE if trust.authority else NO_CA_HERE
+
+
+def profile_of(authority: bytes) -> bytes:
+    """Apple's configuration profile that installs a CA. Its identifiers come from the certificate: the same profile
+    twice is one, that of another relay or another CA is another."""
+    digest = hashlib.sha256(authority).hexdigest()
+
+    def payload(kind: str, **content: object) -> dict[str, object]:
+        return {
+            "PayloadType": kind,
+            "PayloadIdentifier": f"zerosecretroom.{digest[:16]}.{kind}",
+            "PayloadUUID": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{digest} {kind}")).upper(),
+            "PayloadVersion": 1,
+            "PayloadDisplayName": f"ZeroSecretRoom local CA {digest[:8]}",
+            **content,
+        }
+
+    certificate = payload("com.apple.security.root", PayloadContent=authority)
+    return plistlib.dumps(
+        payload(
+            "Configuration",
+            PayloadContent=[certificate],
+            PayloadDescription="Lets this device trust one relay of ZeroSecretRoom and no other place.",
+            PayloadRemovalDisallowed=False,
+        )
+    )
+
+
+def authority_documents(authority: bytes) -> dict[str, Document]:
+    # Attached, for Android opens an unnamed certificate in a dialog that only says to go to Settings.
+    attached = 'attachment; filename="zerosecretroom-ca.crt"'
+    return {
+        CA_FILE: Document.of(authority, "application/x-x509-ca-cert", Content_Disposition=attached),
+        PROFILE: Document.of(profile_of(authority), "application/x-apple-aspen-config"),
+    }
+
+
+# ── index.html, and the answer to every request ──────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class Page:
+    """index.html, the sources its policy allows, and the other documents by their paths."""
+
+    index: Document
     policy: str
+    others: Mapping[str, Document]
+
+    @property
+    def sha256(self) -> str:
+        return self.index.sha256
 
     @classmethod
     def of(cls, raw: bytes) -> Page:
         # Browsers hash inline blocks after turning CR LF into LF: what is hashed and served must have that form.
         body = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        sources: dict[str, list[str]] = {"script": [], "style": []}
-        for kind, block in INLINE_BLOCK.findall(body):
-            digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
-            sources[kind.decode().lower()].append(f"'sha256-{digest}'")
-        allowed = {kind: " ".join(hashes) or "'none'" for kind, hashes in sources.items()}
+        allowed = block_hashes(body)
         policy = (
             f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; "
             "img-src 'self' blob: data:; media-src blob:; connect-src 'self'{socket}; manifest-src 'self'; "
             "worker-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
             "require-trusted-types-for 'script'; trusted-types 'none'"
         )
-        return cls(body, gzip.compress(body, 9, mtime=0), hashlib.sha256(body).hexdigest(), policy)
+        return cls(Document.of(body, HTML), policy, {})
 
     @classmethod
     def load(cls, path: Path) -> Page:
@@ -2892,11 +3181,16 @@ class Page:
                 f"page {path} cannot be read ({error.strerror}): put index.html there or name it with --page"
             ) from None
 
+    def with_trust(self, trust: Trust) -> Page:
+        """The same, with what there is to say of the certificate in use."""
+        others = authority_documents(trust.authority) if trust.authority else {}
+        return dataclasses.replace(self, others={"/trust": trust_document(trust, self.sha256), **others})
+
     def answer(self, request: HttpRequest | None) -> bytes:
         """The response to a request that opens no socket."""
         if request is None:
             return respond_text("400 Bad Request", "this is not an HTTP/1.1 request")
-        head_only = request.method == "HEAD"
+        head_only = request.head_only
         if request.method not in ("GET", "HEAD"):
             return respond_text("405 Method Not Allowed", "only GET and HEAD are answered", Allow="GET, HEAD")
         if request.path == "/healthz":
@@ -2904,38 +3198,51 @@ class Page:
         if not request.host:
             return respond_text("400 Bad Request", "the Host field is missing or malformed", head_only)
         if request.path == "/":
-            return self._page(request, head_only)
+            return self._index(request)
+        if document := self.others.get(request.path):
+            return document.answer(request)
+        if request.path in (CA_FILE, PROFILE):
+            text = "this relay has no local CA: /trust says what to do, and --local-ca at its start makes one"
+            return respond_text("404 Not Found", text, head_only)
         if request.path.startswith("/ws/"):
             return respond_text(
                 "426 Upgrade Required", "rooms are reached through a WebSocket", head_only, Upgrade="websocket"
             )
-        return respond_text("404 Not Found", "there is nothing here: the page is at /", head_only)
+        return respond_text(
+            "404 Not Found",
+            "there is nothing here: the page is at /, its certificate is explained at /trust",
+            head_only,
+        )
 
-    def _page(self, request: HttpRequest, head_only: bool) -> bytes:
+    def _index(self, request: HttpRequest) -> bytes:
         # Older Safari leaves wss out of 'self'; a bracketed address is no host-source, so it stands on 'self' alone.
         socket_source = "" if "[" in request.host else f" wss://{request.host}"
-        tag = f'W/"{self.sha256[:32]}"'
-        fields = {
-            "Content-Security-Policy": self.policy.replace("{socket}", socket_source),
-            "ETag": tag,
-            "Vary": "Accept-Encoding",
-        }
-        known = [each.strip() for each in request.fields.get("if-none-match", "").split(",")]
-        if tag in known or "*" in known:
-            return respond("304 Not Modified", fields, self.body, head_only=True)
-        fields["Content-Type"] = "text/html; charset=utf-8"
-        if accepts_gzip(request.fields.get("accept-encoding", "")):
-            return respond("200 OK", {**fields, "Content-Encoding": "gzip"}, self.packed, head_only)
-        return respond("200 OK", fields, self.body, head_only)
+        return self.index.answer(request, {"Content-Security-Policy": self.policy.replace("{socket}", socket_source)})
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-# Certificate: the relay's TLS key and certificate and its identity key. The only room that writes files: three, each
-# 0600 and whole or not there. The TLS key outlives its certificates, the identity outlives both: clients pin it.
+# Certificate: the relay's TLS key and certificate and its identity key. The only room that writes files: three, with a
+# local CA five, each 0600 and whole or not there. The TLS key outlives its certificates, the identity outlives both:
+# clients pin it.
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 TLS_KEY, TLS_CERT, IDENTITY_KEY = "tls-key.pem", "tls-cert.pem", "relay-identity.pem"
+CA_KEY, CA_CERT = "ca-key.pem", "ca-cert.pem"
 CERT_LIFE = datetime.timedelta(days=825)  # beyond it Apple's systems refuse a leaf
-CERT_RENEWAL = datetime.timedelta(days=30)  # left when the next one is made: relays are restarted more often than that
+CA_LIFE = datetime.timedelta(days=3652)  # ten years: people install it by hand on every phone
+CERT_RENEWAL = datetime.timedelta(days=30)  # left when the next one is made
+CLOCK_SLACK = datetime.timedelta(days=1)  # a certificate is valid from then before it was made: clocks differ
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+KEY_USES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
 
 
 class RelayIdentity:
@@ -2961,41 +3268,104 @@ def is_address(name: str) -> bool:
     return True
 
 
-def build_certificate(
-    key: ec.EllipticCurvePrivateKey, names: Iterable[str], now: datetime.datetime
+class Authority(NamedTuple):
+    """The local CA. `replaced` says that it stands where another one was, which phones may have installed."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+    replaced: bool = False
+
+
+class Span(NamedTuple):
+    """From when to when a certificate is valid."""
+
+    begins: datetime.datetime
+    ends: datetime.datetime
+
+
+def named(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
+
+
+def used_for(use: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{each: each == use for each in KEY_USES})
+
+
+def sign_certificate(
+    subject: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    issuer: x509.Name,
+    signer: ec.EllipticCurvePrivateKey,
+    span: Span,
+    *extensions: tuple[x509.ExtensionType, bool],
 ) -> x509.Certificate:
-    """A self-signed server certificate over addresses and host names, valid from a day ago: clocks differ."""
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ZeroSecretRoom relay")])
+    """A certificate with these extensions, each critical or not, and the identifiers of both keys."""
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(span.begins)
+        .not_valid_after(span.ends)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    )
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical)
+    return builder.sign(signer, hashes.SHA256())
+
+
+def build_certificate(
+    key: ec.EllipticCurvePrivateKey,
+    names: Iterable[str],
+    now: datetime.datetime,
+    authority: Authority | None = None,
+) -> x509.Certificate:
+    """A server certificate over addresses and host names, signed by the local CA or else by itself."""
+    subject = named("ZeroSecretRoom relay")
+    begins = now - CLOCK_SLACK
+    issuer, signer, ends = subject, key, begins + CERT_LIFE
+    if authority is not None:
+        issuer, signer = authority.certificate.subject, authority.key
+        ends = min(ends, authority.certificate.not_valid_after_utc)
     alternatives: list[x509.GeneralName] = [
         x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name) for name in sorted(names)
     ]
-    start = now - datetime.timedelta(days=1)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + CERT_LIFE)
-        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=True,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                key_cert_sign=False,
-                crl_sign=False,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            critical=True,
-        )
-        .sign(key, hashes.SHA256())
+    return sign_certificate(
+        subject,
+        key.public_key(),
+        issuer,
+        signer,
+        Span(begins, ends),
+        (x509.SubjectAlternativeName(alternatives), False),
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (used_for("digital_signature"), True),
+    )
+
+
+def build_authority(key: ec.EllipticCurvePrivateKey, names: Iterable[str], now: datetime.datetime) -> x509.Certificate:
+    """A CA that can vouch for servers of these names and addresses and for nothing else (RFC 5280, 4.2.1.10).
+
+    Loopback is always among them: a kind of name of which none is permitted would not be constrained at all.
+    """
+    permitted: list[x509.GeneralName] = [
+        x509.IPAddress(ipaddress.ip_network(name)) if is_address(name) else x509.DNSName(name)
+        for name in sorted(LOOPBACK.union(names))
+    ]
+    mark = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest[:4].hex()
+    subject = named(f"ZeroSecretRoom local CA {mark}")  # two of them on one phone must not be taken for one another
+    begins = now - CLOCK_SLACK
+    return sign_certificate(
+        subject,
+        key.public_key(),
+        subject,
+        key,
+        Span(begins, begins + CA_LIFE),
+        (x509.NameConstraints(permitted_subtrees=permitted, excluded_subtrees=None), True),
+        (x509.BasicConstraints(ca=True, path_length=0), True),
+        (used_for("key_cert_sign"), True),
     )
 
 
@@ -3009,14 +3379,35 @@ def certificate_names(certificate: x509.Certificate) -> frozenset[str]:
     return frozenset(hosts + [str(address) for address in names.get_values_for_type(x509.IPAddress)])
 
 
+def constrained_names(authority: x509.Certificate) -> frozenset[str]:
+    """The addresses and host names that a local CA can vouch for; none where it is not one of this relay's making."""
+    try:
+        trees = authority.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees or []
+    except x509.ExtensionNotFound:
+        return frozenset()
+    return frozenset(str(tree.value).rpartition("/")[0] or str(tree.value) for tree in trees)
+
+
+def renewal_time(certificate: x509.Certificate) -> datetime.datetime:
+    return certificate.not_valid_after_utc - CERT_RENEWAL
+
+
+def signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 def still_serves(
     certificate: x509.Certificate, public: ec.EllipticCurvePublicKey, names: Iterable[str], now: datetime.datetime
 ) -> bool:
     """Whether a kept certificate is of this key, covers these names and does not end soon."""
     return (
         certificate.public_key() == public
-        and frozenset(names) <= certificate_names(certificate)
-        and now < certificate.not_valid_after_utc - CERT_RENEWAL
+        and frozenset(names) <= certificate_names(certificate) | constrained_names(certificate)
+        and now < renewal_time(certificate)
     )
 
 
@@ -3054,19 +3445,20 @@ def write_private(path: Path, data: bytes) -> None:
         ) from None
 
 
+def make_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    write_private(path, key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    return key
+
+
 def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The P-256 key in a file, made at the first start. One that others may read is closed to them."""
     try:
         path.chmod(0o600)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError:
-        key = ec.generate_private_key(ec.SECP256R1())
-        write_private(
-            path,
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
-        )
+        key = make_key(path)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -3074,20 +3466,44 @@ def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def load_or_make_certificate(state: Path, names: Iterable[str], now: datetime.datetime) -> x509.Certificate:
-    """The self-signed certificate of a state directory, renewed with the same key when it no longer serves."""
+def load_or_make_certificate(
+    state: Path, names: Iterable[str], now: datetime.datetime, authority: Authority | None = None
+) -> x509.Certificate:
+    """The certificate of a state directory, renewed with the same key when it no longer serves; without a CA
+    self-signed."""
     key, path = load_or_make_key(state / TLS_KEY), state / TLS_CERT
     with suppress(OSError, ValueError):
         kept = x509.load_pem_x509_certificate(path.read_bytes())
-        if still_serves(kept, key.public_key(), names, now):
+        issuer = authority.certificate if authority is not None else kept
+        if still_serves(kept, key.public_key(), names, now) and signed_by(kept, issuer):
             return kept
-    certificate = build_certificate(key, names, now)
+    certificate = build_certificate(key, names, now, authority)
     write_private(path, certificate.public_bytes(serialization.Encoding.PEM))
     return certificate
 
 
+def load_or_make_authority(
+    state: Path, needed: frozenset[str], known: frozenset[str], now: datetime.datetime
+) -> Authority:
+    """The local CA of a state directory; another one when it ends soon or cannot vouch for a name that is needed.
+
+    The other one has another key: a phone that has both would not know which constraints a certificate is under.
+    """
+    key, path = load_or_make_key(state / CA_KEY), state / CA_CERT
+    with suppress(OSError, ValueError):
+        kept = x509.load_pem_x509_certificate(path.read_bytes())
+        if still_serves(kept, key.public_key(), needed, now):
+            return Authority(key, kept)
+    replaced = path.exists()
+    if replaced:
+        key = make_key(state / CA_KEY)
+    certificate = build_authority(key, needed | known, now)
+    write_private(path, certificate.public_bytes(serialization.Encoding.PEM))
+    return Authority(key, certificate, replaced)
+
+
 def load_certificate(path: Path) -> x509.Certificate:
-    """The operator's leaf certificate, the first of its chain."""
+    """The operator's leaf certificate, the first of its chain. A chain with a damaged part is refused."""
     try:
         return x509.load_pem_x509_certificates(path.read_bytes())[0]
     except (OSError, ValueError) as error:
@@ -3578,7 +3994,7 @@ def use_https(request: HttpRequest | None) -> bytes:
     text = f"this port speaks TLS only: open {place}" if request else "this port speaks TLS only"
     if request is None or not request.host:
         return respond_text("400 Bad Request", text)
-    return respond_text("307 Temporary Redirect", text, request.method == "HEAD", Location=place)
+    return respond_text("307 Temporary Redirect", text, request.head_only, Location=place)
 
 
 class Link:
@@ -3878,6 +4294,7 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
     option("state-dir", Path, default_state_dir(environ), "where certificate and identity key are kept")
     option("cert", Path, None, "your own certificate chain, PEM")
     option("key", Path, None, "its key, PEM")
+    switch("local-ca", "a CA of the relay's own, for phones that refuse a self-signed certificate; see /trust")
     option("page", Path, Path(__file__).resolve().with_name("index.html"), "the page (index.html beside this file)")
     option("ttl", parse_span, limits.ttl, f"how long undelivered messages are kept ({limits.ttl / 3600:g}h)")
     option("max-memory", parse_size, limits.max_memory, f"bytes held in all rooms ({human(limits.max_memory)})")
@@ -3925,6 +4342,9 @@ def read_options(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argp
         raise OperatorFault("--cert and --key go together: give both, or neither for a certificate of the relay's own")
     if options.plain and options.cert is not None:
         raise OperatorFault("--plain speaks no TLS: leave out --cert and --key, the proxy has them")
+    if options.local_ca and (options.plain or options.cert is not None):
+        other = "--plain speaks no TLS" if options.plain else "--cert brings a certificate that the CA would not sign"
+        raise OperatorFault(f"--local-ca makes a certificate of the relay's own: {other}; leave out one of them")
     options.host = options.host or ("127.0.0.1" if options.plain else ANYWHERE)
     if options.plain and not is_loopback(options.host):
         raise OperatorFault(f"--plain on {options.host} would send everything unencrypted: use --host 127.0.0.1")
@@ -4021,15 +4441,81 @@ def in_url(name: str) -> str:
     return f"[{name}]" if ":" in name else name
 
 
-def load_tls(options: argparse.Namespace) -> tuple[ssl.SSLContext, x509.Certificate]:
-    """The context and its leaf: the operator's, or the relay's own."""
+def utc_now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+Stamps = tuple[tuple[int, int, int], ...]
+
+
+def stamps(options: argparse.Namespace) -> Stamps:
+    """What tells whether the operator's files are still the same: inode, time and size of each that is there."""
+    found = []
+    for path in (options.cert, options.key):
+        with suppress(OSError, TypeError):  # it is being replaced, or none was named
+            status = os.stat(path)
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
+class Credentials(NamedTuple):
+    """What new connections are shown, nothing where no TLS is spoken; `files` as stamped before the reading."""
+
+    files: Stamps = ()
+    context: ssl.SSLContext | None = None
+    leaf: x509.Certificate | None = None
+    authority: x509.Certificate | None = None
+
+
+def load_credentials(options: argparse.Namespace) -> Credentials:
+    """The operator's certificate, or the relay's own, made anew where it no longer serves."""
+    if options.plain:
+        return Credentials()
     if options.cert is not None:
-        return tls_context(options.cert, options.key), load_certificate(options.cert)
-    names = {"localhost", "127.0.0.1", "::1", *own_addresses(), *options.name}
-    if is_address(options.host):
-        names.add(str(ipaddress.ip_address(options.host)))
-    certificate = load_or_make_certificate(options.state_dir, names, datetime.datetime.now(datetime.timezone.utc))
-    return tls_context(options.state_dir / TLS_CERT, options.state_dir / TLS_KEY), certificate
+        files = stamps(options)
+        return Credentials(files, tls_context(options.cert, options.key), load_certificate(options.cert))
+    state, now = options.state_dir, utc_now()
+    names = own_names(options)
+    authority = load_authority(options, names, now) if options.local_ca else None
+    if authority is not None:
+        names &= constrained_names(authority.certificate)
+    leaf = load_or_make_certificate(state, names, now, authority)
+    # The leaf alone, also under a local CA: a device has that one installed, and believes none that is sent along.
+    context = tls_context(state / TLS_CERT, state / TLS_KEY)
+    return Credentials((), context, leaf, authority.certificate if authority is not None else None)
+
+
+def named_by_operator(options: argparse.Namespace) -> frozenset[str]:
+    host = {str(ipaddress.ip_address(options.host))} if is_address(options.host) else set()
+    return frozenset(host.union(options.name))
+
+
+def own_names(options: argparse.Namespace) -> frozenset[str]:
+    """All that a certificate of the relay's own is for."""
+    return LOOPBACK | named_by_operator(options) | frozenset(own_addresses())
+
+
+def load_authority(options: argparse.Namespace, names: frozenset[str], now: datetime.datetime) -> Authority:
+    """The local CA. Where the operator named something, addresses that come and go are no reason for another one."""
+    needed = LOOPBACK | named_by_operator(options) if options.name else names
+    authority = load_or_make_authority(options.state_dir, needed, names, now)
+    if authority.replaced:
+        log.warning("the local CA was made anew, for new names or its age: phones must install it again from /trust")
+    return authority
+
+
+def trust_in(options: argparse.Namespace, credentials: Credentials) -> Trust:
+    """What /trust tells of these."""
+    if credentials.leaf is None:
+        return Trust(PROXY)
+    authority = credentials.authority
+    own = LOCAL_CA if authority is not None else SELF_SIGNED
+    return Trust(
+        BROUGHT if options.cert is not None else own,
+        fingerprint(credentials.leaf),
+        credentials.leaf.not_valid_after_utc.date().isoformat(),
+        authority.public_bytes(serialization.Encoding.DER) if authority is not None else b"",
+    )
 
 
 def known_names(options: argparse.Namespace, certificate: x509.Certificate | None) -> frozenset[str]:
@@ -4049,16 +4535,19 @@ def addresses(options: argparse.Namespace, listener: socket.socket) -> list[str]
     return [f"{scheme}://{in_url(host)}{'' if port == default else f':{port}'}/" for host in dict.fromkeys(hosts)]
 
 
-def announcement(
-    urls: Sequence[str], page: Page, certificate: x509.Certificate | None, names: frozenset[str], self_signed: bool
-) -> str:
-    """What the operator wants to read at the start."""
+def announcement(urls: Sequence[str], page: Page, credentials: Credentials, names: frozenset[str], own: bool) -> str:
+    """What the operator wants to read at the start; `own` where the certificate is of the relay's making."""
     lines = [f"ZeroSecretRoom {VERSION}"] + [f"  open         {url}" for url in urls]
     lines += [f"  demo room    {url}#aaa (public: anyone can read it)" for url in urls[:1]]
-    if certificate is not None:
-        lines.append(f"  certificate  SHA-256 {fingerprint(certificate)}")
-    if self_signed:
+    if credentials.leaf is not None:
+        lines.append(f"  certificate  SHA-256 {fingerprint(credentials.leaf)}")
+    if credentials.authority is not None:
+        lines.append("               of a local CA: devices warn until they trust it; compare this before they do")
+        lines.append(f"  local CA     SHA-256 {fingerprint(credentials.authority)}")
+    elif own:
         lines.append("               self-signed: browsers warn once; compare this before you go on")
+    if own:
+        lines += [f"  trust        {url}trust explains it, device by device" for url in urls[:1]]
     lines.append(f"  page         SHA-256 {page.sha256}")
     if not names:
         lines.append("  note         no names are known, so logins meant for any host are taken; --name HOST closes")
@@ -4066,8 +4555,53 @@ def announcement(
     return "\n".join(lines)
 
 
+class Upkeep:
+    """Keeps what new connections are shown in step with the operator's files and the calendar. Open ones live on."""
+
+    def __init__(self, options: argparse.Namespace, rooms: Rooms, link: Link, credentials: Credentials) -> None:
+        self._options, self._rooms, self._link = options, rooms, link
+        self._tried = self._seen = credentials.files
+        self._renewal = self._due(credentials)
+
+    def run(self) -> None:
+        """Looks now and again until the loop ends."""
+        asyncio.get_running_loop().call_later(self._options.limits.upkeep_seconds, self.run)
+        self.look()
+
+    def look(self) -> None:
+        """Reloads when the time has come, and when files changed and then rested: a pair is not copied at once."""
+        before, self._seen = self._seen, stamps(self._options)
+        changed = before == self._seen != self._tried
+        if changed or (self._renewal is not None and utc_now() >= self._renewal):
+            self.reload()
+
+    def reload(self) -> None:
+        """New connections get the certificate that now lies on disk; one that does not load changes nothing."""
+        self._tried = stamps(self._options)
+        try:
+            credentials = load_credentials(self._options)
+        except OperatorFault as fault:
+            log.error("certificate not reloaded: %s", fault)
+            self._renewal = self._renewal and utc_now() + datetime.timedelta(seconds=self._options.limits.renewal_retry)
+            return
+        self._show(credentials)
+        log.info("certificate reloaded")
+
+    def _show(self, credentials: Credentials) -> None:
+        page = self._link.page.with_trust(trust_in(self._options, credentials))
+        names = known_names(self._options, credentials.leaf)
+        self._link.page, self._link.context, self._rooms.names = page, credentials.context, names
+        self._tried, self._renewal = credentials.files, self._due(credentials)
+
+    def _due(self, credentials: Credentials) -> datetime.datetime | None:
+        """When the relay's own certificate has to be made anew; the operator's is for the operator to renew."""
+        if credentials.leaf is None or self._options.cert is not None:
+            return None
+        return renewal_time(credentials.leaf)
+
+
 async def serve(
-    options: argparse.Namespace, link: Link, listeners: Sequence[socket.socket], environ: Mapping[str, str], told: str
+    upkeep: Upkeep, link: Link, listeners: Sequence[socket.socket], environ: Mapping[str, str], told: str
 ) -> None:
     """Runs until SIGTERM or SIGINT; prints `told` when signals and requests are heeded."""
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -4079,7 +4613,8 @@ async def serve(
     await link.start(listeners)
     on("SIGTERM", stopping.set)
     on("SIGINT", stopping.set)
-    on("SIGHUP", lambda: reload(options, link))
+    on("SIGHUP", upkeep.reload)
+    upkeep.run()
     print(told, flush=True)
     notify(environ, "READY=1")
     await stopping.wait()
@@ -4087,30 +4622,23 @@ async def serve(
     await link.stop()
 
 
-def reload(options: argparse.Namespace, link: Link) -> None:
-    """New connections get the certificate that now lies on disk; one that does not load changes nothing."""
-    try:
-        link.context = None if options.plain else load_tls(options)[0]
-    except OperatorFault as fault:
-        log.error("certificate not reloaded: %s", fault)
-
-
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     page = Page.load(options.page)
     identity = RelayIdentity(load_or_make_key(open_state(options.state_dir) / IDENTITY_KEY))
-    context, certificate = (None, None) if options.plain else load_tls(options)
-    names = known_names(options, certificate)
+    credentials = load_credentials(options)
+    names = known_names(options, credentials.leaf)
     listeners = passed_sockets(environ) or [listen(options.host, options.port)]
     if options.plain and not all(map(is_local_only, listeners)):
         raise OperatorFault("--plain on a socket that other machines reach would send everything unencrypted")
     raise_file_limit()
-    self_signed = context is not None and options.cert is None
-    told = announcement(addresses(options, listeners[0]), page, certificate, names, self_signed)
+    own = credentials.leaf is not None and options.cert is None
+    told = announcement(addresses(options, listeners[0]), page, credentials, names, own)
     rooms = Rooms(options.limits, identity, os.urandom(16), names, os.urandom, lambda: time.time_ns() // 1_000_000)
 
     async def start() -> None:
-        link = Link(rooms, page, options.limits, context, options.allow_null_origin)
-        await serve(options, link, listeners, environ, told)
+        shown = page.with_trust(trust_in(options, credentials))
+        link = Link(rooms, shown, options.limits, credentials.context, options.allow_null_origin)
+        await serve(Upkeep(options, rooms, link, credentials), link, listeners, environ, told)
 
     asyncio.run(start())
 
