@@ -7821,6 +7821,22 @@ class TestMembership:
         lab.settle(12)
         agree(lab, room, [ana, bob, cleo, dora], ["here again"])
 
+    def test_a_wish_about_a_device_that_one_has_not_heard_of_yet_is_heeded(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        (laptop,) = fresh("laptop")
+        lab.start(laptop)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(8)
+        lab.away(bob)
+        lab.linked(ana, laptop, room)
+        lab.do(ana, "leaveRoom")
+        lab.settle(4)
+        lab.away(ana)
+        lab.start(bob)
+        lab.settle(20)
+        assert lab.room(laptop)["state"] == "left"
+        assert {m["name"] for m in lab.room(bob)["members"]} == {bob, cleo}
+
     def test_who_leaves_last_is_out_at_once(self, lab: Laboratory) -> None:
         (ana,) = fresh("ana")
         lab.start(ana)
