@@ -74,7 +74,7 @@ read_arguments() {
     esac
     shift
   done
-  case $DOMAIN in *[!A-Za-z0-9.:-]*) usage_error "'$DOMAIN' is no host name or address: give it without https://" ;; esac
+  case $DOMAIN in *[!A-Za-z0-9.:-]*) usage_error "'$DOMAIN' is no host name or address: leave out https://" ;; esac
   case $ACME in 0 | 1) ;; *) usage_error "ZSR_ACME is '$ACME': 1 or 0" ;; esac
 }
 
@@ -296,7 +296,7 @@ get_file() {
       ;;
     *)
       download "$SOURCE/$1" "$TMP/$1"
-      has_sha256 "$TMP/$1" "$2" || die "$1 from $SOURCE has another SHA-256 than $SCRIPT expects: fetch the script again"
+      has_sha256 "$TMP/$1" "$2" || die "$1 from $SOURCE has another SHA-256 than $SCRIPT expects: fetch that anew"
       ;;
   esac
 }
@@ -377,9 +377,10 @@ get_standalone_python() {
 make_venv() {
   local folder=$1
   shift
-  "$PYTHON" -m venv --clear "$folder" || die "$PYTHON cannot make a virtual environment in $folder"
+  "$folder/bin/python" -c 'import pip' 2>/dev/null || "$PYTHON" -m venv --clear "$folder" ||
+    die "$PYTHON cannot make a virtual environment in $folder"
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-cache-dir \
-    --only-binary=:all: "$@" || die "Python packages cannot be installed: $*; is the package index within reach?"
+    --only-binary=:all: --upgrade "$@" || die "Python packages cannot be installed: $*; is the package index within reach?"
 }
 
 # ── releases: each in a folder of its own, `current` points to the one that runs ─────────────────────────────────────
@@ -500,7 +501,7 @@ User=$APP
 Group=$APP
 EnvironmentFile=-$SETTINGS
 ExecStart=$PREFIX/current/venv/bin/python -IB $PREFIX/current/zerosecretroom.py
-ExecReload=/bin/kill -HUP \$MAINPID
+ExecReload=/bin/sh -c 'kill -HUP \$MAINPID'
 Restart=always
 RestartSec=2
 TimeoutStartSec=60
@@ -516,7 +517,7 @@ PrivateTmp=true
 PrivateDevices=true
 # the socket is passed in, so the relay needs no network of its own
 PrivateNetwork=true
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 SystemCallArchitectures=native
 UNIT
   if [ "$(systemd_version)" -ge 240 ]; then print_sandbox; else print_old_sandbox; fi
@@ -629,10 +630,13 @@ get_trusted_certificate() {
   fi
   say "asking for a certificate for $subject"
   open_firewall 80
-  if (install_certbot) && ask_for_certificate "$subject" && use_certificate; then
-    return
+  if ! (install_certbot); then
+    REASON='certbot cannot be installed, see above'
+  elif ! ask_for_certificate "$subject"; then
+    REASON=$(why_certbot_failed)
+  elif ! use_certificate; then
+    REASON="the relay does not take it: journalctl -u $APP"
   fi
-  REASON=${REASON:-$(why_certbot_failed)}
 }
 
 install_certbot() {
@@ -682,19 +686,16 @@ is_address() {
   esac
 }
 
+# why_certbot_failed: its last words in one line, without its advice
 why_certbot_failed() {
-  local why
-  why=$(grep -v -e '^Saving debug log' -e '^Ask for help' -e '^- -' -e '^$' "$TMP/certbot.log" 2>/dev/null |
-    tail -n 8 | tr -s ' \n' ' ')
-  printf '%s' "${why:-certbot could not be installed}"
+  grep -v -e '^Saving debug log' -e '^Ask for help' -e '^- -' -e '^$' "$TMP/certbot.log" | tail -n 8 | tr -s ' \n' ' '
 }
 
 use_certificate() {
-  RENEWED_LINEAGE=$ACME_STATE/live/$APP "$PREFIX/acme/deploy" || return 1
+  RENEWED_LINEAGE=$ACME_STATE/live/$APP "$PREFIX/acme/deploy" >/dev/null 2>&1 || return 1
   keep_setting ZSR_CERT "$TLS/fullchain.pem"
   keep_setting ZSR_KEY "$TLS/privkey.pem"
   if ! systemctl restart "$APP.service" || ! is_healthy; then
-    REASON='the relay did not start with it: journalctl -u zerosecretroom'
     keep_setting ZSR_CERT ''
     keep_setting ZSR_KEY ''
     systemctl restart "$APP.service"
