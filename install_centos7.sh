@@ -715,7 +715,7 @@ Wants=network-online.target
 
 [Service]
 Type=oneshot
-ExecStart=$PREFIX/acme/certbot renew --quiet
+ExecStart=$PREFIX/acme/certbot renew --quiet --no-random-sleep-on-renew
 PrivateTmp=true
 PrivateDevices=true
 ProtectHome=true
@@ -729,9 +729,10 @@ print_renewal_timer() {
 Description=ZeroSecretRoom, looks every few hours whether the trusted certificate is due
 
 [Timer]
-OnActiveSec=4h
+OnBootSec=15min
+OnActiveSec=6h
 OnUnitActiveSec=6h
-OnBootSec=10min
+RandomizedDelaySec=1h
 
 [Install]
 WantedBy=timers.target
