@@ -358,7 +358,8 @@ get_standalone_python() {
   esac
   if [ -n "${ZSR_PYTHON_URL:-}" ]; then
     url=$ZSR_PYTHON_URL
-    sha256=${ZSR_PYTHON_SHA256:?set ZSR_PYTHON_SHA256 to the SHA-256 of ZSR_PYTHON_URL}
+    sha256=${ZSR_PYTHON_SHA256:-}
+    [ ${#sha256} = 64 ] || die "set ZSR_PYTHON_SHA256 to the SHA-256 of $url: nothing unchecked is installed"
   fi
   folder=$PREFIX/python/${sha256:0:12}
   PYTHON=$folder/bin/python3
@@ -366,10 +367,11 @@ get_standalone_python() {
   say "no Python 3.10 or newer here: fetching a standalone one"
   download "$url" "$TMP/python.tar.gz"
   has_sha256 "$TMP/python.tar.gz" "$sha256" || die "$url has another SHA-256 than expected: nothing was installed"
-  mkdir -p "$PREFIX/python" "$TMP/python"
-  tar -xzf "$TMP/python.tar.gz" -C "$TMP/python" --strip-components=1 --no-same-owner
+  rm -rf "$folder.new"
+  mkdir -p "$folder.new"
+  tar -xzf "$TMP/python.tar.gz" -C "$folder.new" --strip-components=1 --no-same-owner
   rm -f "$TMP/python.tar.gz"
-  mv "$TMP/python" "$folder"
+  mv -T "$folder.new" "$folder"
   suffices "$PYTHON" || die "the Python of $url does not run here"
 }
 
@@ -418,14 +420,14 @@ switch_to_release() {
 # activate RELEASE: makes it the one that runs, and asks it whether it does. A socket that stays as it was goes on
 # listening meanwhile, so that whoever connects waits and is not refused.
 activate() {
-  local same=''
-  ! cmp -s "$1/units/$APP.socket" "$UNITS/$APP.socket" || same=1
+  local listening=''
+  ! cmp -s "$1/units/$APP.socket" "$UNITS/$APP.socket" || ! systemctl -q is-active "$APP.socket" || listening=1
   cp "$1/units/$APP.socket" "$1/units/$APP.service" "$UNITS" &&
     ln -sfn "$1" "$PREFIX/current.new" &&
     mv -T "$PREFIX/current.new" "$PREFIX/current" &&
     systemctl daemon-reload &&
     systemctl -q enable "$APP.socket" "$APP.service" 2>/dev/null || return 1
-  [ -n "$same" ] || systemctl -q stop "$APP.service" "$APP.socket" 2>/dev/null
+  [ -n "$listening" ] || systemctl -q stop "$APP.service" "$APP.socket" 2>/dev/null
   systemctl start "$APP.socket" && systemctl restart "$APP.service" 2>/dev/null && is_healthy
 }
 
@@ -696,14 +698,19 @@ use_certificate() {
   keep_setting ZSR_CERT "$TLS/fullchain.pem"
   keep_setting ZSR_KEY "$TLS/privkey.pem"
   if ! systemctl restart "$APP.service" || ! is_healthy; then
-    keep_setting ZSR_CERT ''
-    keep_setting ZSR_KEY ''
+    forget_certificate
     systemctl restart "$APP.service"
     return 1
   fi
   print_renewal >"$UNITS/$APP-acme.service"
   print_renewal_timer >"$UNITS/$APP-acme.timer"
   systemctl daemon-reload && systemctl -q enable "$APP-acme.timer" 2>/dev/null && systemctl start "$APP-acme.timer"
+}
+
+forget_certificate() {
+  [ "$(setting ZSR_CERT)" = "$TLS/fullchain.pem" ] || return 0
+  keep_setting ZSR_CERT ''
+  keep_setting ZSR_KEY ''
 }
 
 print_renewal() {
@@ -800,6 +807,7 @@ uninstall() {
     ! id "$APP" >/dev/null 2>&1 || userdel "$APP"
     say "ZeroSecretRoom, its keys and its settings are gone"
   else
+    forget_certificate # nobody renews it any more
     say "ZeroSecretRoom is gone; its keys ($STATE) and settings ($SETTINGS) stay, ZSR_PURGE=1 removes them too"
   fi
 }
