@@ -377,14 +377,23 @@ get_standalone_python() {
   suffices "$PYTHON" || die "the Python of $url does not run here"
 }
 
+# get_pip: one for all virtual environments, since making it takes longer than all the rest of a release
+get_pip() {
+  "$PREFIX/pip/bin/python" -c 'import pip' 2>/dev/null || "$PYTHON" -m venv --clear "$PREFIX/pip" ||
+    die "$PYTHON cannot make a virtual environment in $PREFIX/pip"
+  run_pip install --only-binary=:all: 'pip>=22.3' || die "pip cannot be brought up to date; is the package index within reach?"
+}
+
+run_pip() { "$PREFIX/pip/bin/python" -m pip --quiet --disable-pip-version-check --no-input --no-cache-dir "$@"; }
+
 # make_venv FOLDER REQUIREMENT...: nothing is compiled and no package runs code of its own while it is installed
 make_venv() {
   local folder=$1
   shift
-  "$folder/bin/python" -c 'import pip' 2>/dev/null || "$PYTHON" -m venv --clear "$folder" ||
+  "$folder/bin/python" -c '' 2>/dev/null || "$PYTHON" -m venv --without-pip --clear "$folder" ||
     die "$PYTHON cannot make a virtual environment in $folder"
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-cache-dir \
-    --only-binary=:all: --upgrade "$@" || die "Python packages cannot be installed: $*; is the package index within reach?"
+  run_pip --python "$folder/bin/python" install --only-binary=:all: --upgrade "$@" ||
+    die "Python packages cannot be installed: $*; is the package index within reach?"
 }
 
 # ── releases: each in a folder of its own, `current` points to the one that runs ─────────────────────────────────────
@@ -843,6 +852,7 @@ main() {
   get_curl
   get_files
   get_python
+  get_pip
   make_user
   build_release
   write_settings
