@@ -14,6 +14,7 @@ Sections, each only leaning on earlier ones:
     vault           the passphrase, the lock, export and import, and what a thief of the disk can do
     socket          real TLS sockets, limits, slow readers, restarts, secrecy
     browser         two people doing the whole main job in Chromium, Firefox and WebKitGTK
+    install         both installers, as text and in booted containers: install, upgrade, roll back, certificates
     bench           ratios against the plainest thing that does the same
 
 `bash .ci/test` installs what they need and runs them; marks: browser, install, bench (only with `-m bench`).
@@ -14508,6 +14509,751 @@ def test_theme_title_and_name_can_be_changed(arrive: Arrive, relay: Relay, engin
     write(ann, "hello from Anna")
     hears(bob, "hello from Anna")
     eventually(bob.find("article", re.compile("^Anna")).count, "the new name is shown")
+
+
+# ======================================================================================================================
+# Install: both installers, as text and for real. A Debian tree, made once and kept, is booted with systemd for each
+# test: what the test writes lies in memory above the tree and is gone with it. The machine has a network of its own
+# with an address that this one reaches, and no way to any other; packages lie in it at hand.
+#
+#   Site        what a download address serves: both files and both installers with pins of their own
+#   Machine     a booted system: sh(script), install(...), get(path), stop(); freeze() makes it a layer for others
+# ======================================================================================================================
+
+UBUNTU, CENTOS7 = (ROOT / f"install_{name}.sh" for name in ("ubuntu", "centos7"))
+BOTH_INSTALLERS = pytest.mark.parametrize("script", [UBUNTU, CENTOS7], ids=lambda path: path.stem)
+SERVICE, STATE = "zerosecretroom.service", "/var/lib/zerosecretroom"
+COMMON = "# ── from here to the end both installers are the same "
+
+
+def functions(script: str) -> list[str]:
+    return re.findall(r"^(\w+)\(\) ?\{", script, re.MULTILINE)
+
+
+def called(function: str, *stubs: str, script: Path = UBUNTU) -> str:
+    """What one function of an installer prints, with others replaced."""
+    definitions = script.read_text(encoding="utf-8").rpartition("\n{ main")[0]
+    program = "\n".join([definitions, "set_defaults", *stubs, function])
+    return subprocess.run(["bash"], input=program, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def install_line(name: str) -> str:
+    """The one line of README that installs with this script."""
+    (line,) = re.findall(rf"^curl .*/{name} .*$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    return str(line)
+
+
+def shell(script: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """An installer on this machine, where it may look and must not change anything."""
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+
+# ------------------------------------------------------------------------------------------------------------ as text --
+
+
+def test_both_installers_are_one_text_but_for_what_is_the_distributions_own() -> None:
+    ubuntu, centos7 = (path.read_text(encoding="utf-8") for path in (UBUNTU, CENTOS7))
+    own, common = ubuntu.split(COMMON)
+    assert centos7.split(COMMON)[1] == common
+    assert functions(ubuntu) == functions(centos7)
+    assert functions(own) == functions(centos7.split(COMMON)[0])
+    assert functions(ubuntu)[-1] == "main"
+    assert common.endswith('\n}\n\n{ main "$@" </dev/null; }\n')
+
+
+@BOTH_INSTALLERS
+def test_the_pins_are_those_of_the_files(script: Path) -> None:
+    told = shell(script, "--version").stdout
+    assert told.splitlines()[0] == f"{script.name} {zsr.VERSION}"
+    for path in (RELAY, PAGE):
+        assert sha256(path.read_bytes()) in told, f"{script.name} pins another {path.name}: run bash .ci/pin"
+
+
+def test_the_installers_bring_what_the_relay_says_it_needs() -> None:
+    needed: list[str] = json.loads(
+        re.findall(r"^# dependencies = (.*)$", RELAY.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    )
+    assert called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines() == needed
+
+
+def test_pinning_anew_writes_both_installers(tmp_path: Path) -> None:
+    for path in (RELAY, PAGE, UBUNTU, CENTOS7):
+        shutil.copy(path, tmp_path)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "pin", tmp_path / ".ci")
+    changed = RELAY.read_text(encoding="utf-8").replace(f'VERSION = "{zsr.VERSION}"', 'VERSION = "9.8.7"')
+    (tmp_path / RELAY.name).write_text(changed, encoding="utf-8")
+    subprocess.run(["bash", str(tmp_path / ".ci" / "pin")], check=True, timeout=60)
+    for path in (UBUNTU, CENTOS7):
+        told = shell(tmp_path / path.name, "--version").stdout
+        assert f"{path.name} 9.8.7" in told
+        assert sha256(changed.encode()) in told
+        assert sha256(PAGE.read_bytes()) in told
+
+
+@BOTH_INSTALLERS
+def test_a_download_cut_off_anywhere_runs_nothing(script: Path) -> None:
+    """bash says with -x what it runs; the whole script says so as well, which shows that this can be seen."""
+
+    def runs(text: str) -> list[str]:
+        command = ["bash", "-x", "-s", "--", "--help"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+        return [line for line in done.stderr.splitlines() if line.startswith("+")] + done.stdout.splitlines()
+
+    whole = script.read_text(encoding="utf-8")
+    assert len(runs(whole)) > 20
+    ends = [match.end() for match in re.finditer("\n", whole)][:-1]
+    if script == CENTOS7:  # from there on it is the text of the other
+        ends = [end for end in ends if end < whole.index(COMMON)]
+    ends += range(whole.rindex("{ main"), len(whole) - 2)
+    with ThreadPoolExecutor(2) as pool:
+        ran = dict(zip(ends, pool.map(lambda end: runs(whole[:end]), ends), strict=True))
+    assert {end: lines for end, lines in ran.items() if lines} == {}
+
+
+@BOTH_INSTALLERS
+def test_readme_names_the_line_that_installs(script: Path) -> None:
+    assert f"{called('echo $BASE', script=script).strip()}/{script.name}" in install_line(script.name)
+
+
+@pytest.mark.parametrize("way", ["bash <(cat {0}) --dry-run", "cat {0} | bash -s -- --dry-run", "bash {0} --dry-run"])
+def test_only_a_clone_takes_the_files_beside_it(way: str) -> None:
+    told = as_program("bash", "-c", way.format(UBUNTU), cwd=ROOT)
+    source = str(ROOT) if way.startswith("bash {0}") else called("echo $BASE").strip()
+    assert f"zerosecretroom.py and index.html from {source}\n" in told
+
+
+@BOTH_INSTALLERS
+@pytest.mark.parametrize(
+    ("arguments", "env", "complaint"),
+    [
+        (["--bogus"], {}, "unknown option --bogus"),
+        (["extra"], {}, "unknown option extra"),
+        (["--domain"], {}, "--domain needs a name"),
+        (["--domain", "https://chat.example.org/"], {}, "'https://chat.example.org/' is no host name"),
+        (["--domain=a b"], {}, "'a b' is no host name"),
+        ([], {"ZSR_ACME": "yes"}, "ZSR_ACME is 'yes'"),
+    ],
+)
+def test_what_an_installer_does_not_understand_it_says_in_one_line(
+    script: Path, arguments: list[str], env: dict[str, str], complaint: str
+) -> None:
+    done = shell(script, *arguments, **env)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {complaint}")
+    assert done.stderr.count("\n") == 1
+
+
+@BOTH_INSTALLERS
+def test_help_lists_the_options_and_the_variables(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    told = shell(script, "--help").stdout
+    assert set(re.findall(r"^ +(--[a-z-]+)", told, re.MULTILINE)) == {
+        *("--help", "--dry-run", "--uninstall", "--version", "--acme", "--domain")
+    }
+    read = set(re.findall(r"\$\{(ZSR_[A-Z_0-9]+)", text)) - {"ZSR_PURGE"}
+    assert read <= set(re.findall(r"\bZSR_[A-Z_0-9]+", told))
+
+
+def test_a_dry_run_says_what_would_be_done() -> None:
+    told = shell(
+        UBUNTU, "--dry-run", "--domain", "chat.example.org", "--acme", ZSR_PORT="8443", PATH=os.environ["PATH"]
+    )
+    assert told.returncode == 0, told.stderr
+    assert "nothing was changed" in told.stdout
+    for what in (f"from {ROOT}", "port 8443", "trusted, for chat.example.org"):
+        assert what in told.stdout
+
+
+def test_the_settings_file_offers_options_of_the_relay_and_no_others() -> None:
+    parser = zsr.make_parser({})
+    options = {name[2:] for action in parser._actions for name in action.option_strings if name.startswith("--")}
+    offered = re.findall(r"^#ZSR_([A-Z_]+)=", called("print_settings"), re.MULTILINE)
+    assert len(offered) > 8
+    assert {name.lower().replace("_", "-") for name in offered} <= options
+
+
+@pytest.mark.parametrize(
+    ("has", "public", "private"),
+    [
+        ("198.51.100.7 10.0.0.5", "198.51.100.7", "10.0.0.5"),
+        ("192.168.1.9 172.17.0.1", "", "192.168.1.9,172.17.0.1"),
+        ("172.32.0.1 100.128.0.1", "172.32.0.1,100.128.0.1", ""),
+        ("100.64.0.1 169.254.1.1", "", "100.64.0.1,169.254.1.1"),
+        ("198.51.100.7 2001:db8::7", "198.51.100.7,2001:db8::7", ""),
+        ("2001:db8::7 fd00::1", "2001:db8::7", "fd00::1"),
+        ("10.0.0.5 2001:db8::7", "", "2001:db8::7,10.0.0.5"),
+        ("", "", ""),
+    ],
+)
+def test_an_address_counts_as_public_only_if_people_can_use_it(has: str, public: str, private: str) -> None:
+    """With a private IPv4 address alone the machine is behind NAT: people come by an address that it does not know."""
+    stub = f"hostname() {{ echo '{has}'; }}"
+    assert called("own_addresses public", stub) == public
+    assert called("own_addresses private", stub) == private
+
+
+# Directives of systemd.service, .exec, .unit, .socket, .kill and .resource-control of version 219, as far as used.
+SYSTEMD_219 = set(
+    re.findall(
+        r"\w+",
+        """
+    Description Documentation Requires After Type User Group EnvironmentFile Environment ExecStart ExecReload Restart
+    RestartSec TimeoutStartSec TimeoutStopSec SyslogIdentifier UMask LimitNOFILE LimitCORE OOMScoreAdjust
+    NoNewPrivileges CapabilityBoundingSet PrivateTmp PrivateDevices PrivateNetwork RestrictAddressFamilies
+    SystemCallArchitectures SystemCallFilter SystemCallErrorNumber MemoryLimit ProtectSystem ProtectHome
+    ReadOnlyDirectories ReadWriteDirectories InaccessibleDirectories WantedBy ListenStream Backlog KeepAlive
+    """,
+    )
+)
+
+
+@pytest.mark.parametrize("unit", ["print_socket", "print_service"])
+def test_the_units_for_systemd_219_use_only_what_it_knows(unit: str) -> None:
+    old = called(unit, "PORT=443", "systemd_version() { echo 219; }")
+    assert set(re.findall(r"^(\w+)=", old, re.MULTILINE)) - SYSTEMD_219 == set()
+    assert re.findall(r"^ProtectSystem=(.*)", old, re.MULTILINE) in ([], ["full"])
+
+
+# ----------------------------------------------------------------------------------------------------------- for real --
+
+TREE_PACKAGES = "systemd,systemd-sysv,dbus,python3,curl,ca-certificates,iproute2,pebble"
+LATER_PACKAGES = "python3-venv qrencode"
+"""What the installer asks apt for: the archives lie in the tree, not yet installed."""
+
+
+def as_program(*command: str, **options: Any) -> str:
+    told: str = subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+    return told
+
+
+def kept(folder: Path, stamp: str, make: Callable[[Path], None]) -> Path:
+    """A folder that is made anew only when what is asked for changes."""
+    said = folder.with_name(f"{folder.name}.stamp")
+    if not said.exists() or said.read_text() != stamp:
+        said.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make(folder)
+        said.write_text(stamp)
+    return folder
+
+
+def make_tree(folder: Path) -> None:
+    later = f'chroot "$1" apt-get clean && chroot "$1" apt-get install -qq --download-only -y {LATER_PACKAGES}'
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=cleanup/apt", f"--include={TREE_PACKAGES}"]
+    offline = """--customize-hook=echo 'Acquire::Retries "0";' >"$1/etc/apt/apt.conf.d/99offline\""""
+    recommends = "--aptopt=Apt::Install-Recommends false"
+    as_program(*command, recommends, f"--customize-hook={later}", offline, DEBIAN, str(folder), timeout=PATIENCE * 10)
+
+
+DEBIAN = "bookworm"
+
+
+def make_wheels(folder: Path, *requirements: str) -> None:
+    version = os.readlink(ROOT / ".ci" / "out" / "debian" / "usr" / "bin" / "python3").removeprefix("python")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    only = ["--only-binary=:all:", f"--python-version={version}"]
+    as_program(*pip, *only, f"--dest={folder}", *requirements, timeout=PATIENCE * 10)
+
+
+class Site:
+    """A folder that a machine downloads from. publish() puts both files there, and installers that pin them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        shutil.copytree(ROOT / ".ci", folder / ".ci", ignore=lambda at, names: set(names) - {"pin"})
+        self.publish()
+
+    def publish(self, program: str | None = None, page: str | None = None) -> None:
+        for path, text in ((RELAY, program), (PAGE, page)):
+            (self.folder / path.name).write_text(text or path.read_text(encoding="utf-8"), encoding="utf-8")
+        for path in (UBUNTU, CENTOS7):
+            shutil.copy(path, self.folder)
+        as_program("bash", str(self.folder / ".ci" / "pin"))
+
+
+class Machine:
+    """A booted Debian. `layers` lie below what it writes, the topmost first."""
+
+    count = 0
+
+    def __init__(self, folder: Path, layers: list[Path]) -> None:
+        Machine.count += 1
+        self.folder, self.layers = folder, layers
+        self.name = f"z{os.getpid() % 100000}n{Machine.count}"
+        self.upper, self.root, self.site = folder / "upper", folder / "root", Site(folder / "site")
+
+    def start(self) -> Machine:
+        for each in (self.upper, self.folder / "work", self.root):
+            each.mkdir()
+        lower = ":".join(map(str, self.layers))
+        options = f"lowerdir={lower},upperdir={self.upper},workdir={self.folder / 'work'}"
+        as_program("mount", "-t", "overlay", "overlay", "-o", options, str(self.root))
+        self.boot()
+        return self
+
+    def boot(self) -> None:
+        """Returns when its services run."""
+        command = ["systemd-nspawn", "-q", "-D", str(self.root), "-M", self.name, "--register=no", "--keep-unit"]
+        command += ["--network-veth", "--kill-signal=SIGRTMIN+3", "--resolv-conf=off", "--timezone=off"]
+        command += [f"--bind-ro={self.site.folder}:/srv/site", f"--bind-ro={WHEELS}:/srv/wheels", "--boot"]
+        with open(self.folder / "console", "ab") as console:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
+            )
+        eventually(self.is_up, f"{self.name} is up")
+        third = next(each for each in range(0, 256, 4) if f"198.51.100.{each + 1}/" not in as_program("ip", "addr"))
+        self.address = f"198.51.100.{third + 2}"
+        as_program("ip", "addr", "add", f"198.51.100.{third + 1}/30", "dev", f"ve-{self.name}")
+        as_program("ip", "link", "set", f"ve-{self.name}", "up")
+        self.sh(f"ip addr add {self.address}/30 dev host0 && ip link set host0 up")
+        self.sh("printf '[global]\\nno-index = true\\nfind-links = /srv/wheels\\n' >/etc/pip.conf")
+        self.sh("systemd-run -q --unit=site python3 -m http.server -b 127.0.0.1 -d /srv/site 8000")
+        eventually(
+            lambda: self.run("curl", "-fso", "/dev/null", f"{SITE}/index.html").returncode == 0, "the site answers"
+        )
+
+    @property
+    def leader(self) -> str:
+        """Process id of the machine's systemd."""
+        if self.process.poll() is not None:
+            raise RuntimeError((self.folder / "console").read_text(errors="replace"))
+        return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0]
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(IndexError):
+            return self.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")
+        return False
+
+    def run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+        inside = ["nsenter", "-t", self.leader, "-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w"]
+        clean = ["env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "TERM=dumb"]
+        settings = [f"{name}={value}" for name, value in env.items()]
+        return subprocess.run(
+            [*inside, *clean, *settings, *command],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=200,
+        )
+
+    def sh(self, script: str, **env: str) -> str:
+        """What a script prints that has to succeed."""
+        done = self.run("bash", "-c", f"set -eu -o pipefail; {script}", **env)
+        assert done.returncode == 0, f"{script}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def install(self, *arguments: str, script: str = UBUNTU.name, **env: str) -> subprocess.CompletedProcess[str]:
+        """By the line of README, with this machine's own address in it and arguments behind it."""
+        line = install_line(script).replace(called("echo $BASE").strip(), SITE)
+        pipe = line.removesuffix("sudo bash") + f"bash -s -- {' '.join(arguments)}"
+        return self.run("bash", "-c", f"set -o pipefail; {pipe}", **({"ZSR_BASE": SITE} | env))
+
+    def releases(self) -> list[str]:
+        return self.sh("ls /opt/zerosecretroom/releases").split()
+
+    def current(self) -> str:
+        return self.sh("basename $(readlink -f /opt/zerosecretroom/current)").strip()
+
+    def page_hash(self, port: int = 443) -> str:
+        """SHA-256 of the page that is served."""
+        return self.sh(f"curl -ksf https://127.0.0.1:{port}/ | sha256sum")[:64]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.kill(int(self.leader), signal.SIGRTMIN + 3)
+            self.process.wait(PATIENCE)
+        as_program("umount", str(self.root))
+
+    def freeze(self) -> list[Path]:
+        """Stopped for good; what it has become is a layer for others."""
+        self.stop()
+        return [self.upper, *self.layers]
+
+
+SITE = "http://127.0.0.1:8000"
+WHEELS = ROOT / ".ci" / "out" / "wheels"
+
+
+def why_no_machine() -> str:
+    """What stands against booting a system here; empty if nothing does."""
+    if os.geteuid() != 0:
+        return "booting a container needs root"
+    tried = subprocess.run(["unshare", "-mpf", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    return tried.stderr.strip()
+
+
+@pytest.fixture(scope="session")
+def layers() -> list[Path]:
+    """The bare tree. It is made anew, with the wheels, when what it is made of changes."""
+    if reason := why_no_machine():
+        pytest.skip(f"INSTALLERS NOT TRIED: {reason}")
+    tree = kept(WHEELS.with_name("debian"), f"{DEBIAN} {TREE_PACKAGES} {LATER_PACKAGES}", make_tree)
+    asked = [*called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines(), called('echo "$CERTBOT"').strip()]
+    kept(WHEELS, f"{DEBIAN} {asked}", lambda folder: make_wheels(folder, *asked))
+    return [tree]
+
+
+@pytest.fixture(scope="session")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory, where overlays lie."""
+    folder = tmp_path_factory.mktemp("machines")
+    as_program("mount", "-t", "tmpfs", "tmpfs", str(folder))
+    yield folder
+    as_program("umount", "--lazy", str(folder))
+
+
+Boot = Callable[[list[Path]], Machine]
+
+
+@pytest.fixture
+def boot(memory: Path) -> Iterator[Boot]:
+    started: list[Machine] = []
+
+    def one(below: list[Path]) -> Machine:
+        folder = memory / f"{Machine.count}"
+        folder.mkdir()
+        started.append(Machine(folder, below).start())
+        return started[-1]
+
+    yield one
+    for machine in started:
+        if machine.process.poll() is None:
+            machine.stop()
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What a fresh machine became by the line of README."""
+
+    layers: list[Path]
+    told: str
+    address: str
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def installed(memory: Path, layers: list[Path]) -> Installed:
+    (folder := memory / "installed").mkdir()
+    machine = Machine(folder, layers).start()
+    begun = time.monotonic()
+    done = machine.install()
+    seconds = time.monotonic() - begun
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Installed(machine.freeze(), done.stdout, machine.address, seconds)
+
+
+@pytest.fixture(scope="session")
+def emptied(memory: Path, installed: Installed) -> list[Path]:
+    """A machine with the packages that the installer asks for, and without anything else of it."""
+    (folder := memory / "emptied").mkdir()
+    machine = Machine(folder, installed.layers).start()
+    assert machine.install("--uninstall", ZSR_PURGE="1").returncode == 0
+    return machine.freeze()
+
+
+def on_a_machine(test: Callable[..., None]) -> Callable[..., None]:
+    marked: Callable[..., None] = pytest.mark.install(pytest.mark.xdist_group("install")(test))
+    return marked
+
+
+def decode(terminal: str) -> list[str]:
+    """The QR codes in what a terminal shows: each character is two cells, one above the other."""
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in terminal.splitlines() if re.search("[▀▄█]", line)]
+    width = max(map(len, rows))
+    cells = [[" ▀".find(c) > 0 or c == "█" for c in row.ljust(width)] for row in rows]
+    below = [[" ▄".find(c) > 0 or c == "█" for c in row.ljust(width)] for row in rows]
+    lines = [line for pair in zip(cells, below, strict=True) for line in pair]
+    picture = Image.new("L", (width, len(lines)), 0)
+    picture.putdata([255 if cell else 0 for line in lines for cell in line])
+    return [code.text for code in zxingcpp.read_barcodes(picture.resize((width * 8, len(lines) * 8)))]
+
+
+@on_a_machine
+def test_one_line_installs_it_and_says_where_it_is(installed: Installed, boot: Boot) -> None:
+    """The time from the pipe to a relay that answers is printed, packages being at hand."""
+    print(f"\nfrom the pipe to the summary: {installed.seconds:.1f} s")
+    assert f"  open         https://{installed.address}/\n" in installed.told
+    assert decode(installed.told) == [f"https://{installed.address}/"]
+    assert f"  page         SHA-256 {sha256(PAGE.read_bytes())}\n" in installed.told
+    machine = boot(installed.layers)
+    assert machine.sh("curl -ksf https://127.0.0.1/healthz") == "ok\n"
+    pem = ssl.get_server_certificate((machine.address, 443))
+    certificate = x509.load_pem_x509_certificate(pem.encode())
+    assert f"  certificate  SHA-256 {zsr.fingerprint(certificate)}\n" in installed.told
+    assert installed.address in zsr.certificate_names(certificate)
+    assert machine.sh("cat /etc/zerosecretroom.env").count("\nZSR_") == 3
+
+
+@on_a_machine
+def test_the_service_is_shut_in(installed: Installed, boot: Boot) -> None:
+    machine = boot(installed.layers)
+    units = "/etc/systemd/system/zerosecretroom.socket /etc/systemd/system/zerosecretroom.service"
+    assert machine.run("systemd-analyze", "verify", *units.split()).stderr == ""
+    told = machine.sh(f"systemd-analyze security --no-pager {SERVICE}")
+    score = float(re.findall(r"Overall exposure level for \S+: ([\d.]+)", told)[0])
+    print(f"\nexposure {score}")
+    assert score <= 0.5, told
+    machine.sh(f"systemctl start {SERVICE}")
+    pid = machine.sh(f"systemctl show -p MainPID --value {SERVICE}").strip()
+    assert machine.sh(f"stat -c %U /proc/{pid}") == "zerosecretroom\n"
+    assert machine.sh(f"stat -c '%a %U' {STATE} {STATE}/*").split("\n")[:-1] == [
+        "700 zerosecretroom",
+        *["600 zerosecretroom"] * 3,
+    ]
+    old = called("print_service", "PORT=443", "systemd_version() { echo 219; }")
+    (machine.site.folder / "old.service").write_text(old)
+    machine.sh(f"cp /srv/site/old.service /etc/systemd/system/{SERVICE}")
+    machine.sh(f"systemctl daemon-reload && systemctl restart {SERVICE} && curl -ksf https://127.0.0.1/healthz")
+
+
+@pytest.mark.browser
+@on_a_machine
+def test_people_chat_before_and_after_an_upgrade_and_nobody_is_refused(
+    installed: Installed, boot: Boot, arrive: Arrive, relay: Relay
+) -> None:
+    machine = boot(installed.layers)
+    ann, bob = arrive("chromium"), arrive("chromium", PHONE)
+    ann.goto(f"https://{machine.address}/")
+    ann.click("button", "New room")
+    make_room(ann, relay)
+    join_by(bob, make_link(ann), "Bob")
+    write(ann, "before the upgrade")
+    hears(bob, "before the upgrade")
+    is_delivered(ann, "before the upgrade")
+    for user in (ann, bob):
+        user.excuse()
+    ask = "curl -kso /dev/null https://127.0.0.1/healthz || echo $? >>/tmp/faults; sleep 0.1"
+    machine.sh(f"systemd-run -q --unit=asking bash -c 'while [ ! -e /tmp/enough ]; do {ask}; done'")
+    before = machine.current()
+    machine.site.publish(page=PAGE.read_text(encoding="utf-8") + "<!-- a newer page -->\n")
+    assert machine.install().returncode == 0
+    machine.sh("touch /tmp/enough")
+    eventually(lambda: machine.run("systemctl", "is-active", "asking").returncode != 0, "the last question is answered")
+    refused = "7"
+    assert refused not in machine.sh("touch /tmp/faults && cat /tmp/faults").split()
+    assert sorted(machine.releases()) == sorted([before, machine.current()])
+    assert before != machine.current()
+    assert machine.page_hash() == sha256((machine.site.folder / PAGE.name).read_bytes())
+    is_connected(bob)
+    write(bob, "after the upgrade")
+    hears(ann, "after the upgrade")
+    is_delivered(bob, "after the upgrade")
+
+
+@on_a_machine
+def test_what_is_not_what_it_should_be_leaves_the_old_one_running(installed: Installed, boot: Boot) -> None:
+    """A changed download; a release that does not start, with other settings: each time all is as before."""
+    machine = boot(installed.layers)
+    before, settings = machine.current(), machine.sh("cat /etc/zerosecretroom.env")
+
+    def is_as_before() -> bool:
+        assert machine.current() == before
+        assert machine.releases() == [before]
+        assert machine.sh("cat /etc/zerosecretroom.env") == settings
+        return machine.page_hash() == sha256(PAGE.read_bytes())
+
+    with open(machine.site.folder / PAGE.name, "a") as page:
+        page.write("<!-- somebody else's -->")
+    done = machine.install()
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "index.html from http://127.0.0.1:8000 has another SHA-256" in done.stderr
+    assert is_as_before()
+
+    starts = "    page = Page.load(options.page)"
+    machine.site.publish(program=RELAY.read_text(encoding="utf-8").replace(starts, "    raise SystemExit('no')"))
+    done = machine.install(ZSR_PORT="444", ZSR_TTL="1h")
+    assert done.returncode == 1
+    assert "the new release does not start" in done.stderr
+    assert done.stderr.endswith(f"back to the release before, {before}, which runs\n")
+    assert is_as_before()
+
+
+@on_a_machine
+def test_a_first_release_that_does_not_start_leaves_nothing(emptied: list[Path], boot: Boot) -> None:
+    machine = boot(emptied)
+    machine.sh("systemd-run -q --unit=other python3 -m http.server 443")
+    eventually(lambda: machine.run("curl", "-so/dev/null", "http://127.0.0.1:443/").returncode == 0, "443 is taken")
+    done = machine.install()
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: port 443 is taken by another program")
+    done = machine.install(ZSR_PORT="8443", ZSR_BASE="http://127.0.0.1:1")
+    assert (done.returncode, done.stderr.splitlines()[-1][:6]) == (1, "error:")
+    assert "cannot be downloaded: is this machine online" in done.stderr
+    assert machine.run("test", "-e", "/opt/zerosecretroom").returncode == 1
+    assert machine.run("id", "zerosecretroom").returncode == 1
+    done = machine.install(ZSR_PORT="8443", PIP_FIND_LINKS="/nowhere")
+    assert done.returncode == 1
+    assert "Python packages cannot be installed" in done.stderr.splitlines()[-1]
+    assert machine.releases() == []
+    done = machine.install(ZSR_PORT="8443", ZSR_TTL="soon")
+    assert done.returncode == 1
+    assert "this was the first release, so the service is gone again" in done.stderr
+    left = "/opt/zerosecretroom/current /etc/zerosecretroom.env /etc/systemd/system/zerosecretroom.*"
+    assert machine.sh(f"ls -d {left} 2>/dev/null || true") == ""
+    assert machine.releases() == []
+
+
+@on_a_machine
+def test_uninstalling_keeps_the_keys_unless_told_to_purge(installed: Installed, boot: Boot) -> None:
+    """Also: another port by a second run, and an active firewall, whose command is a stub that writes down its calls."""
+    machine = boot(installed.layers)
+    keys = machine.sh(f"sha256sum {STATE}/*.pem")
+    ufw = 'echo "$@" >>/tmp/ufw; [ "$1" != status ] || echo "Status: active"'
+    machine.sh(f"printf '#!/bin/sh\\n%s\\n' '{ufw}' >/usr/local/bin/ufw && chmod +x /usr/local/bin/ufw")
+    done = machine.install(ZSR_PORT="8443")
+    assert done.returncode == 0, done.stderr
+    assert f"https://{installed.address}:8443/" in done.stdout
+    assert "allow 8443/tcp" in machine.sh("cat /tmp/ufw")
+    assert machine.page_hash(8443) == sha256(PAGE.read_bytes())
+    assert machine.run("curl", "-ks", "https://127.0.0.1/").returncode != 0
+    assert machine.install("--uninstall").returncode == 0
+    assert "delete allow 8443/tcp" in machine.sh("cat /tmp/ufw")
+    gone = "/opt/zerosecretroom /etc/systemd/system/zerosecretroom* /etc/systemd/system/*/zerosecretroom*"
+    assert machine.sh(f"ls -d {gone} 2>/dev/null || true") == ""
+    assert machine.run("curl", "-ks", "https://127.0.0.1:8443/").returncode != 0
+    assert machine.sh(f"sha256sum {STATE}/*.pem") == keys
+    assert machine.install("--uninstall", ZSR_PURGE="1").returncode == 0
+    kept_files = f"{STATE}* /etc/zerosecretroom*"
+    assert machine.sh(f"ls -d {kept_files} 2>/dev/null || true") == ""
+    assert machine.run("id", "zerosecretroom").returncode == 1
+
+
+@on_a_machine
+def test_a_clone_installs_its_own_files_and_a_moved_server_keeps_its_keys(
+    installed: Installed, emptied: list[Path], boot: Boot
+) -> None:
+    """Without any way to download; the keys were copied by root, as from a backup."""
+    machine = boot(emptied)
+    machine.sh("cp -r /srv/site /root/clone && echo >>/root/clone/index.html && systemctl stop site")
+    done = machine.run("bash", "/root/clone/install_ubuntu.sh")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "/root/clone/index.html is not the one install_ubuntu.sh knows" in done.stderr
+    machine.sh(f"mkdir {STATE}")
+    for name in (zsr.TLS_KEY, zsr.IDENTITY_KEY):
+        shutil.copy(installed.layers[0] / STATE[1:] / name, machine.root / STATE[1:])
+    done = machine.run("bash", "/root/clone/install_ubuntu.sh", ZSR_OWN_FILES="1", ZSR_NAME="chat.example.org")
+    assert done.returncode == 0, done.stderr
+    assert "open         https://chat.example.org/" in done.stdout
+    assert machine.page_hash() == sha256(PAGE.read_bytes() + b"\n")
+    for name in (zsr.TLS_KEY, zsr.IDENTITY_KEY):
+        same = [(top / STATE[1:] / name).read_bytes() for top in (installed.layers[0], machine.upper)]
+        assert same[0] == same[1]
+
+
+@on_a_machine
+def test_the_other_installer_brings_a_python_of_its_own(emptied: list[Path], boot: Boot) -> None:
+    """install_centos7.sh with an old Python, systemd 219's units and firewalld. Limit: this is Debian with yum, rpm's
+    Python and firewall-cmd replaced by stubs, and the standalone Python is Debian's in an archive of the same shape;
+    neither systemd 219 itself nor SELinux has been met."""
+    machine = boot(emptied)
+    stubs = {
+        "python3": 'echo "Python 3.6.8"; exit 1',
+        "yum": "echo 'Could not resolve host'; exit 1",
+        "firewall-cmd": 'echo "$@" >>/tmp/firewalld; [ "$2" != --query-port=443/tcp ]',
+        "hostname": "echo 10.0.0.7",
+    }
+    for name, body in stubs.items():
+        (machine.site.folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        machine.sh(f"install -m 755 /srv/site/{name} /usr/local/bin/{name}")
+    hide = "mv /usr/bin/python3.11 /tmp/python/bin/python3"
+    machine.sh(f"rm /usr/bin/qrencode; mkdir -p /tmp/python/bin; {hide}")
+    machine.sh("tar -czf /root/python.tar.gz -C /tmp python")
+    bring = {"ZSR_PYTHON_URL": f"{SITE}/python.tar.gz", "script": CENTOS7.name}
+    shutil.copy(machine.root / "root" / "python.tar.gz", machine.site.folder)
+    refused = machine.install(**bring)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: set ZSR_PYTHON_SHA256 to the SHA-256 of ")
+    refused = machine.install(ZSR_PYTHON_SHA256="0" * 64, **bring)
+    assert refused.returncode == 1
+    assert "python.tar.gz has another SHA-256 than expected" in refused.stderr.splitlines()[-1]
+    known = sha256((machine.site.folder / "python.tar.gz").read_bytes())
+    done = machine.install(ZSR_PYTHON_SHA256=known, **bring)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert machine.sh("curl -ksf https://127.0.0.1/healthz") == "ok\n"
+    assert f"/opt/zerosecretroom/python/{known[:12]}" in machine.sh("cat /opt/zerosecretroom/current/venv/pyvenv.cfg")
+    assert "--permanent --add-port=443/tcp" in machine.sh("cat /tmp/firewalld")
+    assert "open         https://10.0.0.7/" in done.stdout
+    assert "put the public address into ZSR_NAME" in done.stdout
+    assert "QR code      not shown" in done.stdout
+    again = machine.install(ZSR_PYTHON_SHA256=known, **bring)
+    assert again.returncode == 0, again.stderr
+    assert "fetching a standalone one" not in again.stdout
+
+
+PEBBLE = {
+    "listenAddress": "127.0.0.1:14000",
+    "managementListenAddress": "127.0.0.1:15000",
+    "certificate": "/srv/site/acme.pem",
+    "privateKey": "/srv/site/acme.key",
+    "httpPort": 80,
+    "tlsPort": 443,
+}
+
+
+def start_pebble(machine: Machine) -> dict[str, str]:
+    """An ACME server inside the machine, and the variables that lead there."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    certificate = zsr.build_certificate(key, ["127.0.0.1"], datetime.datetime.now(datetime.timezone.utc))
+    (machine.site.folder / "acme.key").write_bytes(private)
+    (machine.site.folder / "acme.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (machine.site.folder / "pebble.json").write_text(json.dumps({"pebble": PEBBLE}))
+    trust = {"REQUESTS_CA_BUNDLE": "/srv/site/acme.pem"}
+    quick = "-E PEBBLE_VA_NOSLEEP=1 -E PEBBLE_WFE_NONCEREJECT=0"
+    machine.sh(f"systemd-run -q --unit=pebble {quick} pebble -config /srv/site/pebble.json")
+    directory = "https://127.0.0.1:14000/dir"
+    eventually(lambda: machine.run("curl", "-kso/dev/null", directory).returncode == 0, "pebble listens")
+    return trust | {"ZSR_ACME_SERVER": directory}
+
+
+def leaf_of(machine: Machine) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(ssl.get_server_certificate((machine.address, 443)).encode())
+
+
+@on_a_machine
+def test_a_trusted_certificate_is_fetched_and_renewed_without_dropping_a_socket(
+    installed: Installed, boot: Boot
+) -> None:
+    """certbot against Pebble, for a name and for the bare address; where that fails, the certificate before stays."""
+    machine = boot(installed.layers)
+    own = leaf_of(machine)
+    failed = machine.install("--acme", ZSR_ACME_SERVER="https://127.0.0.1:14000/dir")
+    assert failed.returncode == 3
+    assert "no trusted certificate, it goes on with the one it had: " in failed.stderr.splitlines()[-1]
+    assert leaf_of(machine) == own
+    lead = start_pebble(machine)
+    machine.sh("echo 127.0.0.1 chat.example.org >>/etc/hosts")
+    done = machine.install("--acme", "--domain", "chat.example.org", **lead)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "its own: browsers warn" not in done.stdout
+    first = leaf_of(machine)
+    assert "Pebble" in first.issuer.rfc4514_string()
+    assert zsr.certificate_names(first) == {"chat.example.org"}
+    assert f"SHA-256 {zsr.fingerprint(first)}" in done.stdout
+    assert machine.run("systemctl", "is-enabled", "zerosecretroom-acme.timer").stdout == "enabled\n"
+    machine.sh("systemctl start zerosecretroom-acme.service")
+    pid = machine.sh(f"systemctl show -p MainPID --value {SERVICE}")
+    renew = "/opt/zerosecretroom/acme/certbot renew --force-renewal --no-random-sleep-on-renew --quiet"
+    machine.sh(renew, **lead)
+    eventually(lambda: leaf_of(machine) != first, "the new certificate is served")
+    with connect_socket(f"wss://{machine.address}/ws/aaa", ssl=ssl._create_unverified_context()) as talk:
+        machine.sh(f"systemctl reload {SERVICE}")
+        assert talk.ping().wait(PATIENCE)
+    assert machine.sh(f"systemctl show -p MainPID --value {SERVICE}") == pid
+    assert machine.sh("stat -c '%a %G' /etc/zerosecretroom/*.pem") == "640 zerosecretroom\n" * 2
+    assert len(machine.releases()) == 2, "this one and the one before are kept"
+    done = machine.install("--acme", ZSR_NAME=machine.address, **lead)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert zsr.certificate_names(leaf_of(machine)) == {machine.address}
+    assert machine.install("--uninstall").returncode == 0
+    assert "\nZSR_CERT=" not in machine.sh("cat /etc/zerosecretroom.env"), "nobody renews it any more"
 
 
 # ======================================================================================================================
