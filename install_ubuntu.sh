@@ -37,8 +37,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=910af3e8fbeb3a832121d759d6c6cfdeea5ada5a7b1ae02b30dfdb58304b1320
-  SHA256_PAGE=1a2b3c2fcf5225ba028f1684b57a6be086ef53e16875ee18cf6bc2fae801b575
+  SHA256_PROGRAM=dc5c8ae6aededcf2c2c5db756998affe02137c0bcf56301a6a70e2cd180452d0
+  SHA256_PAGE=a0395289f599e3860570280af1124a8315ea45662135cf56e8cd83dcffee363e
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
@@ -530,7 +530,7 @@ PrivateTmp=true
 PrivateDevices=true
 # the socket is passed in, so the relay needs no network of its own
 PrivateNetwork=true
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictAddressFamilies=AF_UNIX
 SystemCallArchitectures=native
 UNIT
   if [ "$(systemd_version)" -ge 240 ]; then print_sandbox; else print_old_sandbox; fi

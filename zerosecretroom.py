@@ -4371,7 +4371,7 @@ def interface_addresses() -> Iterator[str]:
     """Linux: IPv4 of each interface, then global IPv6 but for the temporary ones, which change by the day."""
     import fcntl  # not on every system
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # a service may be denied both
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # an interface without an address
                 reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
