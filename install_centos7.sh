@@ -260,6 +260,9 @@ print_settings() {
 #ZSR_CERT=
 #ZSR_KEY=
 
+# 1 makes a CA of the relay's own instead, for phones that refuse a self-signed certificate: see /trust
+#ZSR_LOCAL_CA=0
+
 # debug, info, warning or error; no level logs text, names, keys or addresses
 #ZSR_LOG_LEVEL=info
 
