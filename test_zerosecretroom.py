@@ -945,6 +945,12 @@ def arrive(browsers: Browsers, relay: Relay) -> Iterator[Arrive]:
 # ======================================================================================================================
 
 
+def shown_at(address: str, port: int) -> x509.Certificate:
+    """The certificate that a new connection is shown, whatever it is worth."""
+    pem = ssl.get_server_certificate((address, port), timeout=PATIENCE)
+    return x509.load_pem_x509_certificate(pem.encode())
+
+
 class Relay:
     """A relay process. `folder` keeps its state and its output over restarts; the port stays the same, too."""
 
@@ -1011,9 +1017,7 @@ class Relay:
         return None if self.plain else ssl.create_default_context(cafile=str(self.anchor))
 
     def shown(self) -> x509.Certificate:
-        """The certificate that a new connection is shown, whatever it is worth."""
-        pem = ssl.get_server_certificate(("127.0.0.1", self.port), timeout=PATIENCE)
-        return x509.load_pem_x509_certificate(pem.encode())
+        return shown_at("127.0.0.1", self.port)
 
     def get(self, path: str = "/", method: str = "GET", **fields: str) -> Reply:
         """One request; underscores in the names of fields stand for hyphens."""
@@ -7633,7 +7637,7 @@ class TestMembership:
             lab.do(bob, "send", text="let me in")
 
     def test_a_link_asked_for_before_the_relay_answered_waits_for_it_and_names_it(self, lab: Laboratory) -> None:
-        ana, bob = (f"{name}{next(SERIAL)}" for name in ("ana", "bob"))
+        ana, bob = fresh("ana", "bob")
         lab.start(ana, bob)
         lab.do(ana, "create", title="Boat", name=ana, own=False)
         lab.node.call("Lab.ask", ana, {"do": "invite"})
@@ -10445,7 +10449,7 @@ def test_attack_31_a_newcomer_is_told_that_this_is_not_the_relay_of_the_link(sta
 
 def test_what_nobody_holds_any_more_of_who_has_left_is_not_held_back(stage: Stage) -> None:
     """Room.behind: a peer that began to count after somebody's last word says the same top as one that has it all."""
-    ana, bob, dora = (f"{name}{next(SERIAL)}" for name in ("ana", "bob", "dora"))
+    ana, bob, dora = fresh("ana", "bob", "dora")
     stage.start(ana, bob, dora)
     room = stage.create(ana)
     stage.do(ana, "send", text="long ago")
@@ -12000,8 +12004,7 @@ def test_identity_and_key_outlive_a_kill(relay: Relay) -> None:
         with Caller(relay, "aaa") as caller:
             caller.say(zsr.UpNonce(bytes(32)))
             told = zsr.decode(zsr.Relay, caller.hear(zsr.DownRelay).m)
-            der = caller.socket.socket.getpeercert(binary_form=True)  # type: ignore[attr-defined]
-            return told.relay, x509.load_der_x509_certificate(der).public_key()
+        return told.relay, relay.shown().public_key()
 
     before = shown()
     relay.restart()
@@ -15011,8 +15014,7 @@ def test_one_line_installs_it_and_says_where_it_is(installed: Installed, boot: B
     assert f"  page         SHA-256 {sha256(PAGE.read_bytes())}\n" in installed.told
     machine = boot(installed.layers)
     assert machine.sh("curl -ksf https://127.0.0.1/healthz") == "ok\n"
-    pem = ssl.get_server_certificate((machine.address, 443))
-    certificate = x509.load_pem_x509_certificate(pem.encode())
+    certificate = shown_at(machine.address, 443)
     assert f"  certificate  SHA-256 {zsr.fingerprint(certificate)}\n" in installed.told
     assert installed.address in zsr.certificate_names(certificate)
     assert machine.sh("cat /etc/zerosecretroom.env").count("\nZSR_") == 3
