@@ -14898,8 +14898,9 @@ class Machine:
         return self.sh(f"curl -ksf https://127.0.0.1:{port}/ | sha256sum")[:64]
 
     def stop(self) -> None:
+        """Pulls the plug: an orderly shutdown may wait for minutes, and what is written stays written."""
         if self.process.poll() is None:
-            os.kill(int(self.leader), signal.SIGRTMIN + 3)
+            os.kill(int(self.leader), signal.SIGKILL)
             self.process.wait(PATIENCE)
         as_program("umount", str(self.root))
 
