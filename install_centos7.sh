@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=dc5c8ae6aededcf2c2c5db756998affe02137c0bcf56301a6a70e2cd180452d0
-  SHA256_PAGE=4087f7c608c11f9f8a5e61f04f68a7590865ec07cc5bd99dacca65fb67174aba
+  SHA256_PAGE=45ae04620ae9beaea11199d9484599933987f96ec340358ea2e71de0120dc7da
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

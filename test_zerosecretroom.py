@@ -7843,6 +7843,37 @@ class TestMembership:
         assert lab.room(laptop)["state"] == "left"
         assert {m["name"] for m in lab.room(bob)["members"]} == {bob, cleo}
 
+    def newcomer(self, lab: Laboratory, *steps: tuple[int, str]) -> tuple[str, str, str]:
+        """Ana unlinks her laptop and leaves, the last member, while a phone of hers is being linked: after so many
+        moves of what is under way, each step."""
+        ana, laptop, phone = fresh("ana", "laptop", "phone")
+        for name in (ana, laptop, phone):
+            lab.start(name)
+        room = lab.create(ana)
+        lab.linked(ana, laptop, room)
+        link, lost = lab.do(ana, "linkDevice", rooms=[room])["link"], lab.state(laptop, room)["dev"]
+        lab.settle(2)
+        lab.do(phone, "link", text=link)
+        lab.do(phone, "join", name=phone)
+        for moves, step in steps:
+            for _ in range(moves):
+                lab.move(*lab.moves()[0])
+            lab.do(ana, step, **({"dev": lost} if step == "removeDevice" else {}))
+        lab.settle(20)
+        return room, ana, phone
+
+    def test_a_wish_is_heeded_that_also_names_who_was_out_before_the_reader_came(self, clients: Node) -> None:
+        lab = Laboratory(clients, 6)
+        room, ana, phone = self.newcomer(lab, (3, "rotate"), (2, "removeDevice"), (0, "leaveRoom"))
+        assert (lab.room(ana)["state"], lab.room(phone)["state"]) == ("left", "member")
+        assert list(lab.state(phone, room)["devices"]) == [lab.state(phone, room)["dev"]]
+
+    def test_who_comes_in_while_its_own_member_leaves_is_shown_the_room_that_it_has_left(self, clients: Node) -> None:
+        lab = Laboratory(clients, 40)
+        _, ana, phone = self.newcomer(lab, (5, "removeDevice"), (5, "leaveRoom"))
+        assert (lab.model(phone)["at"], lab.model(phone)["invited"]) == ("room", None)
+        assert (lab.room(ana)["state"], lab.room(phone)["state"]) == ("left", "left")
+
     def test_who_leaves_last_is_out_at_once(self, lab: Laboratory) -> None:
         (ana,) = fresh("ana")
         lab.start(ana)
@@ -8490,7 +8521,8 @@ class Saga:
         if name := self.who(x, bool)[0]:
             self.lab.do(name, "leaveRoom")
             f = self.facts(name)
-            self.out |= {d: "left" for d in f["devices"] if f["members"][d] == f["members"][f["dev"]]}
+            for dev in (d for d in f["devices"] if f["members"][d] == f["members"][f["dev"]]):
+                self.out.setdefault(dev, "left")  # one that was unlinked before may call it that
             self.leaving.add(f["members"][f["dev"]])
 
     def unlink(self, x: int) -> None:
