@@ -14530,6 +14530,166 @@ def test_theme_title_and_name_can_be_changed(arrive: Arrive, relay: Relay, engin
 
 
 # ======================================================================================================================
+# Looks: what people choose a client for. Languages, search, notifications, the first minute, what each screen looks
+# like and to whom it can be read, and how soon it is there.
+# ======================================================================================================================
+
+# --------------------------------------------------------------------------------------------------------- languages --
+
+WORDS_BLOCKS = ("room-81-tongues", "room-81-words")
+COLUMNS = pytest.mark.parametrize("column", [1, 2], ids=["Deutsch", "中文"])
+
+
+@functools.cache
+def english_rows() -> dict[str, Any]:
+    """key -> text, or its plural forms: the English table as the page reads it."""
+    table = re.search(r"const en = (Object\.freeze\(\{\n.*?\n  \}\));", page_text(), re.DOTALL)
+    assert table
+    return dict(in_node([("en", f"const English = {table[1]};")], "English"))
+
+
+@functools.cache
+def foreign_rows(column: int) -> dict[str, Any]:
+    return dict(in_node(page_blocks(WORDS_BLOCKS[:1]), "Tongues.table", column))
+
+
+def in_node(code: list[tuple[str, str]], target: str, *args: object) -> Any:
+    node = Node(code)
+    try:
+        return node.call(target, *args)
+    finally:
+        node.close()
+
+
+def forms(row: Any) -> list[str]:
+    return [row] if isinstance(row, str) else list(row.values())
+
+
+def places(text: str) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", text))
+
+
+@COLUMNS
+def test_every_string_is_in_each_language(column: int) -> None:
+    assert sorted(set(english_rows()) - set(foreign_rows(column))) == []
+
+
+@COLUMNS
+def test_no_language_has_a_string_that_the_page_does_not(column: int) -> None:
+    assert sorted(set(foreign_rows(column)) - set(english_rows())) == []
+
+
+@COLUMNS
+def test_no_string_is_empty_and_none_stands_twice(column: int) -> None:
+    assert [key for key, row in foreign_rows(column).items() if not all(map(str.strip, forms(row)))] == []
+    lines = re.findall(r"^([a-z][\w.-]*)\|", blocks(page_text())["room-81-tongues"], re.MULTILINE)
+    assert sorted({key for key in lines if lines.count(key) > 1}) == []
+
+
+@COLUMNS
+def test_places_are_the_same_in_each_language(column: int) -> None:
+    """The last form is the one for many, which has all places; one that counts may leave its number out."""
+    wrong = {}
+    for key in set(english_rows()) & set(foreign_rows(column)):
+        here, there = forms(english_rows()[key]), forms(foreign_rows(column)[key])
+        if places(here[-1]) != places(there[-1]) or not set().union(*map(places, there)) <= set().union(
+            *map(places, here)
+        ):
+            wrong[key] = there
+    assert wrong == {}
+
+
+def test_german_counts_where_english_does() -> None:
+    table = foreign_rows(1)
+    assert [
+        k for k, row in english_rows().items() if k in table and isinstance(row, str) != isinstance(table[k], str)
+    ] == []
+
+
+@COLUMNS
+def test_an_alarm_begins_with_its_word_in_each_language(column: int) -> None:
+    table = foreign_rows(column)
+    alarms = [key for key, row in english_rows().items() if str(row).startswith(english_rows()["warning"] + " ")]
+    assert len(alarms) > 10
+    assert [key for key in alarms if not table[key].startswith(table["warning"])] == []
+
+
+@pytest.mark.parametrize(
+    ("browser", "one", "many", "date"),
+    [
+        (["de-DE", "en"], "1 neue Nachricht", "1.234 neue Nachrichten", "Gestern"),
+        (["fr", "zh-CN"], "1 条新消息", "1,234 条新消息", "昨天"),
+        (["fr", "en-GB", "de"], "1 new message", "1,234 new messages", "Yesterday"),
+        ([], "1 new message", "1,234 new messages", "Yesterday"),
+    ],
+    ids=["German", "Chinese", "English", "none of them"],
+)
+def test_the_page_speaks_the_first_language_of_the_browser_that_it_knows(
+    browser: list[str], one: str, many: str, date: str
+) -> None:
+    words = Node(page_blocks(WORDS_BLOCKS), f"globals.navigator = {{languages: {json.dumps(browser)}}};")
+    try:
+        assert words.call("Words.t", "log.new", {"n": 1}) == one
+        assert words.call("Words.t", "log.new", {"n": 1234}) == many
+        assert words.call("Words.day", (time.time() - 86_400) * 1000) == date
+    finally:
+        words.close()
+
+
+def test_a_string_that_is_not_translated_yet_is_shown_in_english() -> None:
+    code = [(name, re.sub(r"(?m)^start\.new\|.*\n", "", source)) for name, source in page_blocks(WORDS_BLOCKS)]
+    words = Node(code, "globals.navigator = {languages: ['de']};")
+    try:
+        assert words.call("Words.t", "start.new") == english_rows()["start.new"]
+        assert words.call("Words.t", "start.demo") == foreign_rows(1)["start.demo"]
+    finally:
+        words.close()
+
+
+SHOWN_TEXTS_SCRIPT = """(() => {
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_ELEMENT), found = new Set();
+  for (let e = walk.nextNode(); e; e = walk.nextNode()) {
+    if (!e.checkVisibility() || e.matches('script, style')) continue;
+    for (const name of ['aria-label', 'title', 'placeholder']) if (e.hasAttribute(name)) found.add(e.getAttribute(name));
+    for (const n of e.childNodes) if (n.nodeType === 3 && n.data.trim()) found.add(n.data.trim());
+  }
+  return [...found];
+})()"""
+
+
+def english_left(user: User) -> list[str]:
+    """English texts that stand on the screen although German has others for them."""
+    here, german = english_rows(), foreign_rows(1)
+    other = {row for key, row in here.items() if isinstance(row, str) and row not in forms(german[key])}
+    return sorted(set(user.js(SHOWN_TEXTS_SCRIPT)) & (other - {row for each in german.values() for row in forms(each)}))
+
+
+@on_engines("chromium")
+def test_the_language_changes_at_once_everywhere_and_is_kept(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    make_room(ann, relay)
+    write(ann, "guten Tag")
+    ann.click("button", "Settings")
+    choose(ann.find("dialog", "Settings"), "Language", "de")
+    assert ann.js("document.documentElement.lang") == "de"
+    assert english_left(ann) == []
+    for button, title in (("Mitglieder", "Mitglieder"), ("Geräte", "Geräte"), ("Einladen", "In Harbour einladen")):
+        ann.click("button", button)
+        ann.find("heading", title, level=2).appears()
+        assert english_left(ann) == [], button
+    ann.press("Escape")
+    ann.reload()
+    ann.find("log", "Nachrichten").says("guten Tag")
+    ann.click("button", "Räume")
+    ann.find("button", "Neuer Raum").nth(0).appears()
+    assert english_left(ann) == []
+    ann.click("button", "Einstellungen")
+    choose(ann.css("#d-settings"), "Sprache", "en")
+    ann.find("button", "Demo room").appears()
+    assert ann.js("document.documentElement.lang") == "en"
+
+
+# ======================================================================================================================
 # Install: both installers, as text and for real. A Debian tree, made once and kept, is booted with systemd for each
 # test: what the test writes lies in memory above the tree and is gone with it. The machine has a network of its own
 # with an address that this one reaches, and no way to any other; packages lie in it at hand.
