@@ -14689,6 +14689,22 @@ def test_the_language_changes_at_once_everywhere_and_is_kept(arrive: Arrive, rel
     assert ann.js("document.documentElement.lang") == "en"
 
 
+# --------------------------------------------------------------------------------------------------------- this page --
+
+
+@on_engines("chromium")
+def test_the_page_saves_itself_as_it_was_served(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    ann.goto(relay.url())
+    ann.click("button", "Settings")
+    about = ann.find("dialog", "Settings").find("region", "About")
+    about.says("1.0.0")
+    eventually(lambda: zsr.Page.of(PAGE.read_bytes()).sha256 in about.text().replace(" ", ""), "the hash is shown")
+    assert isinstance(ann, PlaywrightUser)
+    name, saved = ann.download(about.find("button", "Save this page"))
+    assert (name, saved) == ("zerosecretroom.html", PAGE.read_bytes())
+
+
 # ======================================================================================================================
 # Install: both installers, as text and for real. A Debian tree, made once and kept, is booted with systemd for each
 # test: what the test writes lies in memory above the tree and is gone with it. The machine has a network of its own
