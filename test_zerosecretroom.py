@@ -14562,6 +14562,399 @@ def test_theme_title_and_name_can_be_changed(arrive: Arrive, relay: Relay, engin
 
 
 # ======================================================================================================================
+# Looks: what people choose a client for. Languages, search, notifications, the first minute, what each screen looks
+# like and to whom it can be read, and how soon it is there.
+# ======================================================================================================================
+
+# --------------------------------------------------------------------------------------------------------- languages --
+
+WORDS_BLOCKS = ("room-81-tongues", "room-81-words")
+COLUMNS = pytest.mark.parametrize("column", [1, 2], ids=["Deutsch", "中文"])
+
+
+@functools.cache
+def english_rows() -> dict[str, Any]:
+    """key -> text, or its plural forms: the English table as the page reads it."""
+    table = re.search(r"const en = (Object\.freeze\(\{\n.*?\n  \}\));", page_text(), re.DOTALL)
+    assert table
+    return dict(in_node([("en", f"const English = {table[1]};")], "English"))
+
+
+@functools.cache
+def foreign_rows(column: int) -> dict[str, Any]:
+    return dict(in_node(page_blocks(WORDS_BLOCKS[:1]), "Tongues.table", column))
+
+
+def in_node(code: list[tuple[str, str]], target: str, *args: object) -> Any:
+    node = Node(code)
+    try:
+        return node.call(target, *args)
+    finally:
+        node.close()
+
+
+def forms(row: Any) -> list[str]:
+    return [row] if isinstance(row, str) else list(row.values())
+
+
+def places(text: str) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", text))
+
+
+@COLUMNS
+def test_every_string_is_in_each_language(column: int) -> None:
+    assert sorted(set(english_rows()) - set(foreign_rows(column))) == []
+
+
+@COLUMNS
+def test_no_language_has_a_string_that_the_page_does_not(column: int) -> None:
+    assert sorted(set(foreign_rows(column)) - set(english_rows())) == []
+
+
+@COLUMNS
+def test_no_string_is_empty_and_none_stands_twice(column: int) -> None:
+    assert [key for key, row in foreign_rows(column).items() if not all(map(str.strip, forms(row)))] == []
+    lines = re.findall(r"^([a-z][\w.-]*)\|", blocks(page_text())["room-81-tongues"], re.MULTILINE)
+    assert sorted({key for key in lines if lines.count(key) > 1}) == []
+
+
+@COLUMNS
+def test_places_are_the_same_in_each_language(column: int) -> None:
+    """The last form is the one for many, which has all places; one that counts may leave its number out."""
+    wrong = {}
+    for key in set(english_rows()) & set(foreign_rows(column)):
+        here, there = forms(english_rows()[key]), forms(foreign_rows(column)[key])
+        if places(here[-1]) != places(there[-1]) or not set().union(*map(places, there)) <= set().union(
+            *map(places, here)
+        ):
+            wrong[key] = there
+    assert wrong == {}
+
+
+def test_german_counts_where_english_does() -> None:
+    table = foreign_rows(1)
+    assert [
+        k for k, row in english_rows().items() if k in table and isinstance(row, str) != isinstance(table[k], str)
+    ] == []
+
+
+@COLUMNS
+def test_an_alarm_begins_with_its_word_in_each_language(column: int) -> None:
+    table = foreign_rows(column)
+    alarms = [key for key, row in english_rows().items() if str(row).startswith(english_rows()["warning"] + " ")]
+    assert len(alarms) > 10
+    assert [key for key in alarms if not table[key].startswith(table["warning"])] == []
+
+
+@pytest.mark.parametrize(
+    ("browser", "one", "many", "date"),
+    [
+        (["de-DE", "en"], "1 neue Nachricht", "1.234 neue Nachrichten", "Gestern"),
+        (["fr", "zh-CN"], "1 条新消息", "1,234 条新消息", "昨天"),
+        (["fr", "en-GB", "de"], "1 new message", "1,234 new messages", "Yesterday"),
+        ([], "1 new message", "1,234 new messages", "Yesterday"),
+    ],
+    ids=["German", "Chinese", "English", "none of them"],
+)
+def test_the_page_speaks_the_first_language_of_the_browser_that_it_knows(
+    browser: list[str], one: str, many: str, date: str
+) -> None:
+    words = Node(page_blocks(WORDS_BLOCKS), f"globals.navigator = {{languages: {json.dumps(browser)}}};")
+    try:
+        assert words.call("Words.t", "log.new", {"n": 1}) == one
+        assert words.call("Words.t", "log.new", {"n": 1234}) == many
+        assert words.call("Words.day", (time.time() - 86_400) * 1000) == date
+    finally:
+        words.close()
+
+
+def test_a_string_that_is_not_translated_yet_is_shown_in_english() -> None:
+    code = [(name, re.sub(r"(?m)^start\.new\|.*\n", "", source)) for name, source in page_blocks(WORDS_BLOCKS)]
+    words = Node(code, "globals.navigator = {languages: ['de']};")
+    try:
+        assert words.call("Words.t", "start.new") == english_rows()["start.new"]
+        assert words.call("Words.t", "start.demo") == foreign_rows(1)["start.demo"]
+    finally:
+        words.close()
+
+
+SHOWN_TEXTS_SCRIPT = """(() => {
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_ELEMENT), found = new Set();
+  for (let e = walk.nextNode(); e; e = walk.nextNode()) {
+    if (!e.checkVisibility() || e.matches('script, style')) continue;
+    for (const name of ['aria-label', 'title', 'placeholder']) if (e.hasAttribute(name)) found.add(e.getAttribute(name));
+    for (const n of e.childNodes) if (n.nodeType === 3 && n.data.trim()) found.add(n.data.trim());
+  }
+  return [...found];
+})()"""
+
+
+def english_left(user: User) -> list[str]:
+    """English texts that stand on the screen although German has others for them."""
+    here, german = english_rows(), foreign_rows(1)
+    other = {row for key, row in here.items() if isinstance(row, str) and row not in forms(german[key])}
+    return sorted(set(user.js(SHOWN_TEXTS_SCRIPT)) & (other - {row for each in german.values() for row in forms(each)}))
+
+
+@on_engines("chromium")
+def test_the_language_changes_at_once_everywhere_and_is_kept(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    make_room(ann, relay)
+    write(ann, "guten Tag")
+    ann.click("button", "Settings")
+    choose(ann.find("dialog", "Settings"), "Language", "de")
+    assert ann.js("document.documentElement.lang") == "de"
+    assert english_left(ann) == []
+    for button, title in (("Mitglieder", "Mitglieder"), ("Geräte", "Geräte"), ("Einladen", "In Harbour einladen")):
+        ann.click("button", button)
+        ann.find("heading", title, level=2).appears()
+        assert english_left(ann) == [], button
+    ann.press("Escape")
+    ann.reload()
+    ann.find("log", "Nachrichten").says("guten Tag")
+    ann.click("button", "Räume")
+    ann.find("button", "Neuer Raum").nth(0).appears()
+    assert english_left(ann) == []
+    ann.click("button", "Einstellungen")
+    choose(ann.css("#d-settings"), "Sprache", "en")
+    ann.find("button", "Demo room").appears()
+    assert ann.js("document.documentElement.lang") == "en"
+
+
+# --------------------------------------------------------------------------------------------------------- this page --
+
+
+@on_engines("chromium")
+def test_the_page_saves_itself_as_it_was_served(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    ann.goto(relay.url())
+    ann.click("button", "Settings")
+    about = ann.find("dialog", "Settings").find("region", "About")
+    about.says("1.0.0")
+    eventually(lambda: zsr.Page.of(PAGE.read_bytes()).sha256 in about.text().replace(" ", ""), "the hash is shown")
+    assert isinstance(ann, PlaywrightUser)
+    name, saved = ann.download(about.find("button", "Save this page"))
+    assert (name, saved) == ("zerosecretroom.html", PAGE.read_bytes())
+
+
+# -------------------------------------------------------------------------------------------------------- every view --
+# One walk through all that the page can show, for whoever looks at it: axe, or a camera.
+
+View = tuple[str, User]
+
+
+def tour(ann: User, bob: User, relay: Relay, media: Media) -> Iterator[View]:
+    """Each view by its name, on the screen of the one who sees it."""
+    yield from tour_of_the_start(ann, bob, relay)
+    yield from tour_of_a_room(ann, bob, media)
+    yield from tour_of_the_dialogs(ann)
+    yield from tour_of_the_rest(ann, bob, relay)
+
+
+def tour_of_the_start(ann: User, bob: User, relay: Relay) -> Iterator[View]:
+    ann.goto(relay.url())
+    ann.find("button", "New room").appears()
+    yield "start", ann
+    ann.click("button", "New room")
+    yield "new room", ann
+    make_room(ann, relay)
+    is_connected(ann)
+    yield "empty room", ann
+    ann.click("button", "Invite")
+    link = eventually(ann.find("textbox", "Invite link").value, "a link is made")
+    yield "invite", ann
+    ann.press("Escape")
+    bob.goto(link)
+    bob.find("heading", "You are invited").appears()
+    yield "invited", bob
+    join_by(bob, link, "Bob")
+
+
+def tour_of_a_room(ann: User, bob: User, media: Media) -> Iterator[View]:
+    write(ann, "Moin Bob, the ferry leaves at seven. See https://example.org/timetable")
+    hears(bob, "timetable")
+    write(bob, "I bring the bread 🥖")
+    write(bob, "A longer one, so that there are lines to break: the harbour was quiet and the gulls slept.")
+    hears(ann, "gulls slept")
+    for user, names in ((ann, ("photo.jpg",)), (bob, ("notes.pdf", "voice.mp3"))):
+        for name in names:
+            user.upload(media[name])
+            has_file(ann, name)
+            has_file(bob, name)
+    write(ann, "See you there")
+    is_delivered(ann, "See you there")
+    yield "room", ann
+    yield "room of the other", bob
+    ann.css(".state[data-s=delivered]").nth(-1).click()
+    yield "who has it", ann
+    ann.press("Escape")
+    ann.css("article .shot").click()
+    ann.find("dialog", "photo.jpg").appears()
+    yield "picture", ann
+    ann.press("Escape")
+
+
+def tour_of_the_dialogs(ann: User) -> Iterator[View]:
+    ann.click("button", "Members")
+    yield "members", ann
+    ann.click("button", "Verify Bob")
+    ann.find("dialog", "Verify Bob").appears()
+    yield "verify", ann
+    ann.press("Escape")
+    ann.click("button", "Remove Bob")
+    yield "a question", ann
+    ann.press("Escape")
+    close_side(ann, "Members")
+    ann.click("button", "Devices")
+    yield "devices", ann
+    ann.click("button", "Link a device")
+    yield "link a device", ann
+    ann.press("Escape")
+    close_side(ann, "Devices")
+    ann.click("button", "Settings")
+    yield "settings", ann
+    ann.click("button", "Set passphrase")
+    yield "passphrase", ann
+    ann.press("Escape")
+    close_side(ann, "Settings")
+
+
+def tour_of_the_rest(ann: User, bob: User, relay: Relay) -> Iterator[View]:
+    ann.click("button", "Rooms")
+    yield "rooms", ann
+    ann.click("button", "Demo room")
+    is_in(ann, "Demo room")
+    yield "demo room", ann
+    bob.add_tab()
+    bob.goto(relay.url())
+    bob.find("button", "Use it here").appears()
+    yield "second tab", bob
+    bob.use_tab(0)
+    passphrases(bob, "Set passphrase", next="four words are better", again="four words are better")
+    bob.click("button", "Settings")
+    bob.click("button", "Lock now")
+    bob.find("button", "Unlock").appears()
+    yield "locked", bob
+    for user in (ann, bob):
+        user.excuse()
+    relay.kill()
+    ann.find("button", "Try now").appears()
+    yield "offline", ann
+
+
+AXE = "node_modules/axe-core/axe.min.js"
+AXE_SCRIPT = """axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}).then(
+  ({violations}) => violations.map(({id, nodes}) => `${id}: ${nodes.map(({html, any}) =>
+    `${html.slice(0, 160)} ${any.map(({message}) => message).join(' ')}`).join(' | ')}`))"""
+THEMES = ("light", "dark")
+
+
+def axe_finds(user: User) -> dict[str, list[str]]:
+    """What axe has against the view, by theme; themes in which it has nothing are left out."""
+    if not user.js("'axe' in window"):
+        user.js((ROOT / ".ci" / AXE).read_text("utf-8") + ";0")
+    now = user.js("document.documentElement.dataset.theme")
+    found = {}
+    for theme in THEMES:
+        user.js(f"void (document.documentElement.dataset.theme = '{theme}')")
+        found[theme] = user.js(AXE_SCRIPT)
+    user.js(f"void (document.documentElement.dataset.theme = '{now}')")
+    return {theme: finds for theme, finds in found.items() if finds}
+
+
+SPACED_SCRIPT = """(() => {
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(`* { line-height: 1.5 !important; letter-spacing: .12em !important; word-spacing: .16em !important }
+    p { margin-block-end: 2em !important }`);
+  document.adoptedStyleSheets = [sheet];
+})()"""
+CUT_SCRIPT = """[...document.querySelectorAll('button, label, h1, h2, h3, p, dt, dd, .hint, .count')].filter((e) =>
+  e.checkVisibility() && !e.matches('.vh') && ['hidden', 'clip'].includes(getComputedStyle(e).overflowY) &&
+  getComputedStyle(e).textOverflow !== 'ellipsis' && e.scrollHeight > e.clientHeight + 2).map((e) => e.outerHTML.slice(0, 120))
+"""
+
+
+@pytest.mark.timeout(600)
+@on_engines("chromium")
+def test_axe_finds_nothing_in_any_view_and_zoom_and_spacing_cut_nothing(
+    arrive: Arrive, relay: Relay, media: Media, engine: str
+) -> None:
+    """1280 pixels at 400 % are 320 wide (WCAG 1.4.10); the spacing is that of 1.4.12."""
+    ann, bob = arrive(engine), arrive(engine, PHONE)
+    seen, found = [], {}
+    for view, user in tour(ann, bob, relay, media):
+        seen.append(view)
+        found[view, "axe"] = axe_finds(user)
+        size = user.js("[innerWidth, innerHeight]")
+        user.js(SPACED_SCRIPT)
+        for zoomed in ((640, 400), (320, 600)):
+            user.size(*zoomed)
+            found[view, str(zoomed)] = user.js(OVERFLOW_SCRIPT) + user.js(CUT_SCRIPT)
+        user.js("void (document.adoptedStyleSheets = [])")
+        user.size(*size)
+    assert len(seen) > 15
+    assert {view: finds for view, finds in found.items() if finds} == {}
+
+
+@on_engines("chromium")
+def test_axe_would_find_something(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    ann.goto(relay.url())
+    ann.find("button", "New room").appears()
+    ann.js("void document.getElementById('start-new').replaceChildren()")
+    assert "button-name" in str(axe_finds(ann)["dark"])
+
+
+# ------------------------------------------------------------------------------------------------------------ colours --
+# Every text and every mark on each ground it can stand on, reckoned from the tokens (WCAG 1.4.3, 1.4.11).
+
+THEME_RULES = {"light": ":root", "dark": ":root[data-theme=dark]"}
+THEME_RULES |= {"contrast": ":root[data-theme=contrast]", "contrast-dark": ":root[data-theme=contrast-dark]"}
+GROUNDS = ("bg", "surface", "raised", "field", "slip", "own", "tint")
+
+
+@functools.cache
+def tokens(theme: str) -> dict[str, str]:
+    style = page_text().partition("<style>")[2].partition("</style>")[0]
+
+    def of(rule: str) -> dict[str, str]:
+        body = re.search(rf"^{re.escape(rule)} \{{(.*?)^\}}", style, re.DOTALL | re.MULTILINE)
+        assert body, rule
+        return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", body[1]))
+
+    return of(":root") | of(THEME_RULES[theme])
+
+
+def luminance(colour: str) -> float:
+    parts = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    """(L1 + 0.05) / (L2 + 0.05), WCAG 2.2."""
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("theme", THEME_RULES)
+def test_texts_and_marks_stand_out_from_every_ground(theme: str) -> None:
+    colour, most = tokens(theme), 7.0 if theme.startswith("contrast") else 4.5
+    texts = {"ink": GROUNDS, "ink-2": GROUNDS, "ink-3": ("bg", "surface", "raised", "field"), "accent-ink": GROUNDS}
+    texts |= {
+        "danger": (*GROUNDS, "danger-tint"),
+        "warn": ("surface", "bg", "warn-tint"),
+        "on-accent": ("accent", "accent-up"),
+    }
+    texts |= {"ink ": ("danger-tint", "warn-tint")}
+    marks = {"line-2": ("bg", "surface", "raised", "field"), "focus": GROUNDS}
+    marks |= {f"h{n}": ("bg", "surface", "raised", "tint") for n in range(10)}
+    ratios = {(ink, on): (contrast(colour[ink.strip()], colour[on]), most) for ink in texts for on in texts[ink]}
+    ratios |= {(ink, on): (contrast(colour[ink], colour[on]), 3.0) for ink in marks for on in marks[ink]}
+    assert {pair: round(ratio, 2) for pair, (ratio, least) in ratios.items() if ratio < least} == {}
+
+
+# ======================================================================================================================
 # Install: both installers, as text and for real. A Debian tree, made once and kept, is booted with systemd for each
 # test: what the test writes lies in memory above the tree and is gone with it. The machine has a network of its own
 # with an address that this one reaches, and no way to any other; packages lie in it at hand.

@@ -11,7 +11,7 @@ export default [
     rules: {
       ...js.configs.recommended.rules,
       eqeqeq: 'error',
-      'max-len': ['error', { code: 120, ignoreUrls: true }],
+      'max-len': ['error', { code: 120, ignoreUrls: true, ignoreTemplateLiterals: true }],
       'no-console': 'error',
       'no-eval': 'error',
       'no-implied-eval': 'error',
