@@ -59,6 +59,7 @@ import dataclasses
 import datetime
 import email.utils
 import errno
+import functools
 import gzip
 import hashlib
 import html
@@ -77,7 +78,7 @@ import time
 import traceback
 import uuid
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -137,8 +138,14 @@ class Limits:
     file_window: int = 16  # chunks in flight for one get: 4 MiB keep 200 Mbit/s busy at 150 ms
     files: int = 1024  # files a room keeps at once: bounds the bookkeeping of empty ones
     overhead: int = 256  # bytes charged for each stored thing beside its own: Python's objects
-    rooms: int = 20_000  # rooms at once: each costs 4 KB even when empty
+    parsed: int = 7  # times its own bytes that a unit or a roster takes once it is read: measured 6.2 to 6.9
+    signatures: int = 65_536  # remembered as good: 10 MB, and all members of a room at a restart
+    cache_bytes: int = 32 << 20  # bytes of rosters remembered as good, and of units: several of the largest
+    room_bytes: int = 2304  # bytes charged for a room itself
+    seat_bytes: int = 320  # bytes charged for a listed device beside what waits for it
+    rooms: int = 20_000  # rooms at once: each costs 2 KB even when empty
     devices: int = 1024  # devices in one roster: a verification takes 0.1 ms each
+    devices_a_member: int = 64  # of these of one member: nobody has as many, and gone ones do not count
     newcomers: int = 256  # sockets a room admits that no roster lists, or none yet after a restart
     joins: int = 64  # pending joins a room: one admin answers each within seconds
     joins_an_invite: int = 8  # devices trying one link: the true one and some that read it on the way
@@ -151,7 +158,15 @@ class Limits:
     roster_step: int = 1024  # how far a roster number may rise at once: it must never be used up
     consumed_days: int = 30  # days a used invite stays listed beyond its end
     outbox: int = 16 << 20  # bytes of live frames queued for one socket before it counts as too slow
+    rooms_an_address: int = 1000  # rooms at once that one address brought: a twentieth of all
     connections: int = 20_000  # sockets at once: 49 KB each make 1 GB
+    connections_an_address: int = 512  # of these from one IPv4 address or IPv6 /64: a school behind one router
+    turned_away: int = 16  # beyond either of the two, at once, that are told why before they are let go
+    busy_retry_ms: int = 15_000  # ms after which they may try again
+    conn_bytes: int = 65_536  # bytes charged for a connection: 49 KB were measured, and half a TLS record may wait
+    link_share: float = 0.25  # of all memory, for what comes and goes; beyond, whoever holds most of it is cut
+    link_least: int = 16 << 20  # bytes of that in any case: four of the largest messages
+    odd_frames: int = 1000  # WebSocket frames a tick that end no message: pings, fragments; pages send some ten
     silence: float = 60.0  # s without a byte before a socket counts as dead: pages ping after 20
     head_bytes: int = 16_384  # bytes of a request head: browsers send 1 KB
     head_seconds: float = 10.0  # s from connecting to a whole request head, TLS included
@@ -159,18 +174,33 @@ class Limits:
     tick_seconds: float = 1.0  # s between Link's looks at its connections: 20,000 take 10 ms
     join_bytes: int = 262_144  # bytes of frames joined into one message: browsers take that in one go
     large_frame: int = 65_536  # bytes from which copying a frame costs more than a message of its own
-    high_water: int = 65_536  # bytes in a transport before what follows waits outside it, shared by members
     login_timeout: float = 15.0  # s from the socket's opening to a valid login
     slow_seconds: float = 60.0  # s after which a connected device that acks nothing holds back nobody's bytes
+    frames_a_message: int = 4096  # taken from one message: with a signature each they keep all others waiting 0.4 s
+    frames_a_second: int = 400  # of one device in the long run: a file at 800 Mbit/s, or forty people typing
+    frames_at_once: int = 4000  # of one device after a silence: what a page brings that was away for long
+    bytes_a_second: int = 32 << 20  # of one device in the long run: 270 Mbit/s
+    bytes_at_once: int = 64 << 20  # of one device after a silence: a file of the largest size
     rotation_seconds: float = 10.0  # s between two commits on an unchanged roster
     resync_seconds: float = 60.0  # s between two resyncs of one device under one head
     upkeep_seconds: float = 3.0  # s between looks at the certificate's files and its end: two calls of stat
     renewal_retry: float = 3600.0  # s from a renewal that failed to the next: the disk may be full
     sweep_seconds: float = 30.0  # s between looks at everything that time ends: 20,000 rooms take 0.1 s
+    pressed_share: float = 0.875  # of all memory: above it, what time ended goes within a second
     full_retry_ms: int = 5000  # ms a sender waits after `full`: acks free bytes within seconds
     demo_ttl: float = 3600.0  # s an event stays in the demo room
     demo_events: int = 200  # events kept there
     demo_file: int = 4 << 20  # bytes of a file there: anyone may post
+
+    @property
+    def for_rooms(self) -> int:
+        """Bytes for rooms, and for connections as such."""
+        return int(self.max_memory * (1 - self.link_share))
+
+    @property
+    def for_passage(self) -> int:
+        """Bytes for what is being received and what waits to be taken."""
+        return max(int(self.max_memory * self.link_share), self.link_least)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1199,12 +1229,14 @@ def decode_frame(data: bytes) -> Any:
     return decode(shape, data, 1)
 
 
-def split_frames(message: bytes) -> list[bytes]:
-    """The frames of one socket message, at least one; raises Bad."""
+def split_frames(message: bytes, most: int = MAX_UINT) -> list[bytes]:
+    """The frames of one socket message, at least one and no more than `most`; raises Bad."""
     reader = Reader(message)
     frames = [reader.var(4)]
     while reader.at < len(message):
         frames.append(reader.var(4))
+        if len(frames) > most:
+            raise Bad("message holds too many frames")
     return frames
 
 
@@ -1245,24 +1277,26 @@ def verify_signature(key: bytes, label: str, m: bytes, sig: bytes) -> bool:
 
 
 class Recent(Generic[K, T]):
-    """A dict that forgets what was not asked for the longest."""
+    """A dict that forgets what was not asked for the longest, so that what it holds never weighs more than `most`."""
 
-    __slots__ = ("items", "places")
+    __slots__ = ("_held", "_most", "_weight")
 
-    def __init__(self, places: int) -> None:
-        self.items: dict[K, T] = {}
-        self.places = places
+    def __init__(self, most: int) -> None:
+        self._held: dict[K, tuple[T, int]] = {}
+        self._most, self._weight = most, 0
 
     def get(self, key: K) -> T | None:
-        value = self.items.pop(key, None)
-        if value is not None:
-            self.items[key] = value
-        return value
+        found = self._held.pop(key, None)
+        if found is None:
+            return None
+        self._held[key] = found
+        return found[0]
 
-    def put(self, key: K, value: T) -> None:
-        if len(self.items) >= self.places:
-            del self.items[next(iter(self.items))]
-        self.items[key] = value
+    def put(self, key: K, value: T, weight: int = 1) -> None:
+        while self._held and self._weight + weight > self._most:
+            self._weight -= self._held.pop(next(iter(self._held)))[1]
+        self._held[key] = value, weight
+        self._weight += weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -1340,9 +1374,9 @@ class Verifier:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._signatures: Recent[bytes, bool] = Recent(65_536)
-        self._listings: Recent[bytes, Listing] = Recent(64)
-        self._heads: Recent[bytes, Head] = Recent(16)
+        self._signatures: Recent[bytes, bool] = Recent(limits.signatures)
+        self._listings: Recent[bytes, Listing] = Recent(limits.cache_bytes)
+        self._heads: Recent[bytes, Head] = Recent(limits.cache_bytes)
 
     def signature(self, key: bytes, label: str, m: bytes, sig: bytes) -> None:
         """Raises Forged unless `sig` is the signature of `key` over `m` under `label`."""
@@ -1358,7 +1392,8 @@ class Verifier:
         found = self._listings.get(name)
         if found is None:
             found = self._listing(room, proof, self._charter(room, proof.charter))
-            self._listings.put(name, found)
+            size = len(proof.charter.m) + len(proof.roster.m)
+            self._listings.put(name, found, size * self._limits.parsed)
         return found
 
     def _charter(self, room: bytes, signed: Signed) -> Charter:
@@ -1403,6 +1438,8 @@ class Verifier:
             devices[device_id(room, device.sigpub)] = Listed(device.sigpub, member, device.inv_id, sponsor)
         must(len(devices) == len(entries) and not devices.keys() & gone.keys(), "a device is listed twice or gone")
         must(all(member.devices for member in roster.members), "a member has no device")
+        if any(len(member.devices) > self._limits.devices_a_member for member in roster.members):
+            raise PeerFault("too-big", "a member has more devices than this relay takes")
         for dev, (member, device) in zip(devices, entries, strict=True):
             consent = encode(Consent(room, member, dev, device.inv_id))
             self.signature(device.sigpub, "consent", consent, device.consent)
@@ -1436,7 +1473,7 @@ class Verifier:
         if found is None:
             found = self._unit(room, decode(Unit, data), parent)
             if found.data == data:  # full, so that no parent had a say
-                self._heads.put(name, found)
+                self._heads.put(name, found, len(data) * self._limits.parsed)
         return found
 
     def _unit(self, room: bytes, unit: Unit, parent: Head | None) -> Head:
@@ -1550,6 +1587,7 @@ BY_DECISION, LINK_USED, LINK_OVER = 1, 2, 3
 LINK, UNLINK, LEAVE, SPLIT = 1, 2, 3, 4  # kinds of a request
 DEMO = "aaa"
 CLOSE_LOGIN, CLOSE_UNLISTED, CLOSE_REPLACED, CLOSE_ADDRESS = 4001, 4003, 4004, 4005
+NOT_KEPT = "the earliest was not kept for those away: they get it from you or others"
 
 
 class Identity(Protocol):
@@ -1581,7 +1619,14 @@ class Close(NamedTuple):
     reason: str
 
 
-Effects = list[Send | Close]
+class Wait(NamedTuple):
+    """Effect: nothing more is read from this socket for so many seconds."""
+
+    conn: Hashable
+    seconds: float
+
+
+Effects = list[Send | Close | Wait]
 
 
 class Entry(NamedTuple):
@@ -1609,13 +1654,30 @@ class Asked(NamedTuple):
     devs: frozenset[bytes]
 
 
+class Pace:
+    """How much a device may send at once: frames and bytes, which time brings back. What one message brings is taken
+    whole and may go below nothing; then nothing is read until it is made up for."""
+
+    __slots__ = ("_at", "_frames", "_size")
+
+    def __init__(self, limits: Limits, now: float) -> None:
+        self._frames, self._size, self._at = float(limits.frames_at_once), float(limits.bytes_at_once), now
+
+    def spend(self, frames: int, size: int, limits: Limits, now: float) -> float:
+        """Seconds until the next message may be read."""
+        passed, self._at = now - self._at, now
+        self._frames = min(self._frames + passed * limits.frames_a_second, limits.frames_at_once) - frames
+        self._size = min(self._size + passed * limits.bytes_a_second, limits.bytes_at_once) - size
+        return max(-self._frames / limits.frames_a_second, -self._size / limits.bytes_a_second, 0.0)
+
+
 class Peer:
     """One socket."""
 
-    __slots__ = ("conn", "dev", "inv_id", "nonces", "room", "sigpub", "state")
+    __slots__ = ("conn", "dev", "inv_id", "nonces", "pace", "room", "sigpub", "state")
 
-    def __init__(self, conn: Hashable, room: Room) -> None:
-        self.conn, self.room, self.state = conn, room, NEW
+    def __init__(self, conn: Hashable, room: Room, pace: Pace) -> None:
+        self.conn, self.room, self.state, self.pace = conn, room, NEW, pace
         self.dev = self.sigpub = self.nonces = b""
         self.inv_id: bytes | None = None  # an invite it waits to be told of
 
@@ -1623,11 +1685,12 @@ class Peer:
 class Seat:
     """A listed device, present or not."""
 
-    __slots__ = ("cursor", "direct_bytes", "directs", "first", "peer", "resynced")
+    __slots__ = ("cursor", "direct_bytes", "directs", "first", "pace", "peer", "resynced")
 
     def __init__(self, first: int) -> None:
         self.first = self.cursor = first  # the last log number of before it was listed, and the last it acknowledged
         self.peer: Peer | None = None
+        self.pace: Pace | None = None  # its last socket's: who comes back has not forgotten what it sent
         self.directs: dict[int, tuple[int, float, bytes]] | None = None  # tid: kind, since when, frame
         self.direct_bytes = 0
         self.resynced = float("-inf")
@@ -1717,6 +1780,7 @@ class Room:
         "log",
         "newcomers",
         "next",
+        "origin",
         "purse",
         "requests",
         "resyncs",
@@ -1724,6 +1788,7 @@ class Room:
         "rotated",
         "seats",
         "taken",
+        "told",
         "used",
     )
 
@@ -1732,13 +1797,13 @@ class Room:
         self.head: Head | None = None
         self.seats: dict[bytes, Seat] = {}
         self.newcomers: dict[bytes, Peer] = {}  # proved their device, but no roster lists it
-        self.conns, self.attended, self.used = 0, 0.0, 0
+        self.conns, self.attended, self.used, self.origin = 0, 0.0, 0, ""
         self.log: deque[Entry] = deque()
         self.next = first
         self.acked = False  # since the log was last cut
         self.live: tuple[Hashable, ...] | None = None  # sockets of members; None once that changed
         self.taken: dict[bytes, int] = {}  # commits of late and their log numbers
-        self.rotated = float("-inf")
+        self.rotated = self.told = float("-inf")  # the last rotation, and when posters last heard of a loss
         self.files: dict[tuple[bytes, bytes], File] = {}
         self.leaves: Shelf[bytes, tuple[Leaf, Signed]] = Shelf(self, limits.devices)
         self.invites: Shelf[bytes, tuple[Invite, Signed]] = Shelf(self, limits.invites)
@@ -1747,6 +1812,7 @@ class Room:
         self.resyncs: Shelf[bytes, Signed] = Shelf(self, limits.devices)
         self.evidence: Shelf[bytes, Listing] = Shelf(self, limits.evidence)
         self.joins: Shelf[bytes, Join] = Shelf(self, limits.joins)
+        self.charge(limits.room_bytes)
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────
     def charge(self, size: int) -> None:
@@ -1755,6 +1821,10 @@ class Room:
 
     def cost(self, frame: bytes) -> int:
         return len(frame) + self.limits.overhead
+
+    def cost_of_head(self, head: Head | None, devices: int) -> int:
+        """What a head with so many seats beside it takes."""
+        return self.limits.parsed * (len(head.data) if head else 0) + self.limits.seat_bytes * devices
 
     # ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────
     def append(self, frame: bytes, now: float) -> None:
@@ -1765,10 +1835,11 @@ class Room:
         if self.demo and len(self.log) > self.limits.demo_events:
             self.forget(1)
 
-    def forget(self, count: int) -> None:
-        """Drops the earliest entries."""
-        for _ in range(count):
-            self.charge(-self.cost(self.log.popleft().frame))
+    def forget(self, count: int) -> list[Entry]:
+        """Drops the earliest entries, and gives them back."""
+        gone = [self.log.popleft() for _ in range(count)]
+        self.charge(-sum(self.cost(entry.frame) for entry in gone))
+        return gone
 
     def trim(self) -> None:
         """Drops what every listed device has acknowledged."""
@@ -1851,6 +1922,7 @@ class Rooms:
         self._purse = Purse()
         self._rooms: dict[bytes, Room] = {}
         self._idle: dict[bytes, Room] = {}  # without a socket, the longest so first
+        self._brought: Counter[str] = Counter()  # rooms that are here, by where they came from
         self._peers: dict[Hashable, Peer] = {}
         self._arriving: dict[Hashable, float] = {}  # not logged in yet: until when, in order
         self._acked: set[Room] = set()
@@ -1892,16 +1964,16 @@ class Rooms:
         }
 
     # ── what Link calls ──────────────────────────────────────────────────────────────────────────────────────────
-    def enter(self, conn: Hashable, room_path: str, now: float) -> Effects:
-        """A socket opened at /ws/<room_path>."""
+    def enter(self, conn: Hashable, room_path: str, now: float, origin: str = "") -> Effects:
+        """A socket opened at /ws/<room_path>. `origin` is where it comes from, if that is one to be counted."""
         try:
-            room = self._room_at(room_path)
+            room = self._room_at(room_path, origin)
         except PeerFault as fault:
             frame = encode_frame(DownFault(0, fault.code, fault.text, fault.retry_ms))
             return [Send((conn,), frame), Close(conn, CLOSE_ADDRESS, fault.code)]
         room.conns += 1
         self._idle.pop(room.id, None)
-        self._peers[conn] = Peer(conn, room)
+        self._peers[conn] = Peer(conn, room, Pace(self._limits, now))
         self._arriving[conn] = now + self._limits.login_timeout
         return []
 
@@ -1910,15 +1982,24 @@ class Rooms:
         peer, self._out = self._peers.get(conn), []
         if peer is None:
             return []
+        frames: list[bytes] = []
         try:
-            frames = split_frames(message)
+            frames = split_frames(message, self._limits.frames_a_message)
         except PeerFault as fault:
             self._refused(peer, fault, 0, now)
-            return self._out
         for data in frames:
             if conn in self._peers:
                 self._frame(peer, data, now)
+        if wait := peer.pace.spend(len(frames) or 1, len(message), self._limits, now):
+            self._slow_down(peer, wait)
         return self._out
+
+    def _slow_down(self, peer: Peer, wait: float) -> None:
+        """All that came was taken; what follows waits in the network, which slows the sender down and loses nothing."""
+        if peer.conn in self._peers:
+            text = "frames come faster than this relay takes them from one device"
+            self._tell_fault(peer, PeerFault("busy", text, int(wait * 1000) + 1))
+            self._out.append(Wait(peer.conn, wait))
 
     def leave(self, conn: Hashable, now: float) -> Effects:
         """A socket is gone."""
@@ -1936,11 +2017,20 @@ class Rooms:
         for room in self._acked:
             room.trim()
         self._acked.clear()
-        if now - self._swept >= self._limits.sweep_seconds:
+        pressed = self._purse.used > self._limits.for_rooms * self._limits.pressed_share
+        if pressed or now - self._swept >= self._limits.sweep_seconds:
             self._swept = now
             for room in [*self._rooms.values()]:
                 self._sweep(room, now)
         return self._out
+
+    def charge(self, size: int) -> bool:
+        """Counts bytes of connections. Rooms that nobody is in make place for them; False: that is not enough."""
+        self._purse.used += size
+        idle = self._largest_idle(self._purse.used - self._limits.for_rooms) if size > 0 else []
+        for room in idle or ():
+            self._forget_room(room)
+        return idle is not None
 
     def counts(self) -> dict[str, int]:
         """For the operator: numbers without ids."""
@@ -1953,7 +2043,7 @@ class Rooms:
         }
 
     # ── sockets and rooms ────────────────────────────────────────────────────────────────────────────────────────
-    def _room_at(self, path: str) -> Room:
+    def _room_at(self, path: str, origin: str) -> Room:
         demo = path == DEMO
         room_id = Hl("room", DEMO.encode()) if demo else unb64u(path)
         if len(room_id) != 32:
@@ -1962,9 +2052,13 @@ class Rooms:
         if room is None:
             if len(self._rooms) >= self._limits.rooms and not self._idle:
                 raise PeerFault("busy", "this relay holds as many rooms as it may", self._limits.full_retry_ms)
+            if origin and self._brought[origin] >= self._limits.rooms_an_address:
+                raise PeerFault("busy", "too many rooms came from your address", self._limits.full_retry_ms)
             if len(self._rooms) >= self._limits.rooms:
                 self._forget_room(next(iter(self._idle.values())))
             room = self._rooms[room_id] = Room(room_id, demo, self._first, self._limits, self._purse)
+            room.origin = origin
+            self._brought[origin] += 1
         return room
 
     def _forget_room(self, room: Room) -> None:
@@ -1974,6 +2068,9 @@ class Rooms:
         self._acked.discard(room)
         del self._rooms[room.id]
         self._idle.pop(room.id, None)
+        self._brought[room.origin] -= 1
+        if not self._brought[room.origin]:
+            del self._brought[room.origin]
 
     def _forget(self, peer: Peer, now: float) -> None:
         room = peer.room
@@ -1997,6 +2094,7 @@ class Rooms:
         seat.peer, room.live = None, None
         if room.demo:
             del room.seats[peer.dev]
+            room.charge(-self._limits.seat_bytes)
         self._send(room.members(), DownPeer(peer.dev, 0))
 
     def _end(self, peer: Peer, code: int, reason: str, now: float) -> None:
@@ -2055,22 +2153,41 @@ class Rooms:
         """Makes room for `need` bytes, or raises Full and leaves all as it was. First goes what all have; then the
         earliest that only absent or silent devices lack; then rooms that nobody is in. Files make nothing go."""
         limits = self._limits
-        if max(room.used - share * limits.max_room_memory, self._purse.used - share * limits.max_memory) + need > 0:
+        if max(room.used - share * limits.max_room_memory, self._purse.used - share * limits.for_rooms) + need > 0:
             room.trim()
         count = room.spare(room.used + need - limits.max_room_memory, now) if share == 1.0 else 0
         if count is None or (share < 1.0 and room.used + need > share * limits.max_room_memory):
             raise Full("this room holds as much as it may", limits.full_retry_ms)
-        short, idle = self._purse.used + need - int(share * limits.max_memory), []
-        for each in self._idle.values():
-            if short <= 0:
-                break
-            idle.append(each)
-            short -= each.used
-        if short > 0:
+        idle = self._largest_idle(self._purse.used + need - int(share * limits.for_rooms))
+        if idle is None:
             raise Full("this relay holds as much as it may", limits.full_retry_ms)
-        room.forget(count)
+        self._tell_posters(room, room.forget(count), now)
         for each in idle:
             self._forget_room(each)
+
+    def _largest_idle(self, short: int) -> list[Room] | None:
+        """Rooms that nobody is in, the largest first, which free `short` bytes; None where they do not suffice. They
+        free a little more, so that a full relay does not look through all of them for each message."""
+        if short <= 0:
+            return []
+        going: list[Room] = []
+        for room in sorted(self._idle.values(), key=lambda each: each.used, reverse=True):
+            if short + self._limits.for_rooms // 64 <= 0:
+                break
+            going.append(room)
+            short -= room.used
+        return None if short > 0 else going
+
+    def _tell_posters(self, room: Room, gone: list[Entry], now: float) -> None:
+        """Whoever posted what the absent can no longer get here, and is present, learns it: now and again is enough.
+        Others see it in the range of the log that a hello is answered with."""
+        if not gone or now - room.told < self._limits.full_retry_ms / 1000:
+            return
+        events = [decode_frame(entry.frame) for entry in gone]
+        seats = [room.seats.get(dev) for dev in {each.poster for each in events if isinstance(each, DownEvent)}]
+        for peer in [seat.peer for seat in seats if seat and seat.peer]:
+            room.told = now
+            self._tell_fault(peer, Full(NOT_KEPT, self._limits.full_retry_ms))
 
     def _shelve(self, room: Room, shelf: Shelf[K, T], key: K, value: T, size: int, now: float) -> None:
         self._afford(room, size + self._limits.overhead, now)
@@ -2143,7 +2260,8 @@ class Rooms:
         ]
         if any(len(objects) > most for objects, most in brought):
             raise PeerFault("too-big", "hello brings more than this relay keeps")
-        new = self._verifier.unit(room.id, hello.unit, room.head) if hello.unit else None
+        known = room.head is not None and room.head.data == hello.unit  # as after a restart for all but the first
+        new = self._verifier.unit(room.id, hello.unit, room.head) if hello.unit and not known else None
         if new and peer.dev in new.listing.devices and (room.head is None or preferred(new, room.head)):
             if room.head and new.commit.parent == room.head.ch:
                 self._verifier.follows(new, room.head, self._wall(), room.asked_out(UNLINK, LEAVE))
@@ -2176,11 +2294,13 @@ class Rooms:
         self._answer_newcomers(peer.room)
 
     def _admit(self, peer: Peer, hello: UpHello, now: float) -> None:
-        room = peer.room
+        room, limits = peer.room, self._limits
         last = room.next - 1
         seat = room.seats.get(peer.dev)
         if seat is None:  # only the demo room seats whoever comes
+            self._afford(room, limits.seat_bytes, now)
             seat = room.seats[peer.dev] = Seat(0)
+            room.charge(limits.seat_bytes)
         before, seat.peer = seat.peer, peer
         if before is None:
             self._send(room.others(peer), DownPeer(peer.dev, 1))
@@ -2188,6 +2308,7 @@ class Rooms:
             self._end(before, CLOSE_REPLACED, "replaced", now)
         room.newcomers.pop(peer.dev, None)
         peer.state, peer.inv_id, room.live = MEMBER, None, None
+        seat.pace = peer.pace = seat.pace or peer.pace
         cursor = min(hello.cursor, last) if hello.run == self._run else 0
         seat.cursor = max(seat.cursor, cursor)
         self._acked.add(room)
@@ -2257,7 +2378,8 @@ class Rooms:
         room = by.room
         no = room.next
         frame = encode_frame(DownCommit(no, 2, uploaded))
-        growth = len(new.data) - (len(room.head.data) if room.head else 0)
+        before = room.cost_of_head(room.head, len(room.seats))
+        growth = room.cost_of_head(new, len(new.listing.devices)) - before
         self._afford(room, room.cost(frame) + growth, now)
         self._out.extend([Send(room.members(), frame)] if room.members() else [])
         room.append(frame, now)
@@ -2696,7 +2818,7 @@ class Rooms:
         crowded = len(room.evidence) >= self._limits.evidence
         if crowded and lightest and lightest.weight > listing.weight:
             raise Full("too much evidence in this room", self._limits.full_retry_ms)
-        size = len(proof.charter.m) + len(proof.roster.m)
+        size = self._limits.parsed * (len(proof.charter.m) + len(proof.roster.m))
         self._shelve(room, room.evidence, listing.roster_hash, listing, size, now)
         if crowded and lightest:
             room.evidence.drop(lightest.roster_hash)
@@ -3543,10 +3665,21 @@ log = logging.getLogger("zerosecretroom")
 silent = logging.getLogger("zerosecretroom.websockets")  # at debug level websockets would log payloads
 silent.setLevel(logging.CRITICAL + 1)
 
-CLOSE_GOING_AWAY, CLOSE_NOT_BYTES, CLOSE_BUG, CLOSE_TOO_SLOW, CLOSE_SILENT = 1001, 1003, 1011, 1013, 4002
+CLOSE_GOING_AWAY, CLOSE_NOT_BYTES, CLOSE_ODD, CLOSE_BUG, CLOSE_TOO_SLOW, CLOSE_SILENT = (
+    1001,
+    1003,
+    1008,
+    1011,
+    1013,
+    4002,
+)
+CLOSE_BUSY = 1013
 TLS_RECORD = 16384  # bytes: OpenSSL's buffers never shrink, so nothing larger goes through them at once
 TLS_HANDSHAKE = 0x16
 HEAD, OPEN, CLOSING, GONE = "head", "open", "closing", "gone"
+
+THIS_MACHINE = ("127.0.0.1",)  # where who comes through a Unix socket is
+DATA = (Opcode.BINARY, Opcode.CONT, Opcode.TEXT)
 
 Message = tuple[bytes, ...]  # the bytes of a WebSocket message, in pieces so that a large frame is not copied
 
@@ -3566,7 +3699,8 @@ class Clear:
     __slots__ = ()
 
     def receive(self, data: bytes) -> Iterable[bytes]:
-        return (data,)
+        """In pieces as TLS has them, so that a flood of the smallest frames is met before all of it is parsed."""
+        return (data[start : start + TLS_RECORD] for start in range(0, len(data), TLS_RECORD))
 
     def send(self, data: bytes) -> bytes:
         return data
@@ -3629,11 +3763,51 @@ class Tls:
         return self.pending()
 
 
+def wire_size(frame: Frame) -> int:
+    """The bytes a client's frame took, which is masked (RFC 6455, 5.2)."""
+    size = len(frame.data)
+    return size + (6 if size < 126 else 8 if size < 65536 else 14)
+
+
 def binary_header(size: int) -> bytes:
     """The first bytes of an unmasked binary WebSocket message (RFC 6455, 5.2)."""
     if size < 126:
         return struct.pack(">BB", 0x82, size)
     return struct.pack(">BBH", 0x82, 126, size) if size < 65536 else struct.pack(">BBQ", 0x82, 127, size)
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address as sockets and proxies write it; one of IPv4 that came over IPv6 is what it is."""
+    try:
+        address = ipaddress.ip_address(text.strip().strip("[]").partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def place_of(text: str) -> str:
+    """What counts as one place: an IPv4 address, or the /64 that one customer has of IPv6. Nothing for this machine."""
+    address = read_address(text)
+    if address is None or address.is_loopback:
+        return ""
+    return str(address) if address.version == 4 else str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+
+
+def is_trusted(text: str, proxies: Sequence[Network]) -> bool:
+    address = read_address(text)
+    return address is not None and any(address in network for network in proxies)
+
+
+def forwarded_for(field: str, proxies: Sequence[Network]) -> str:
+    """Whom the last trusted proxy saw: the last address of X-Forwarded-For that is none of theirs. What stands before
+    it anybody may have written."""
+    for each in reversed(field.split(",")):
+        if not is_trusted(each, proxies):
+            return each.strip()
+    return ""
 
 
 def same_origin(origin: str, host: str, schemes: Sequence[str]) -> bool:
@@ -3677,9 +3851,11 @@ class Conn(asyncio.Protocol):
         "_answers",
         "_backlog",
         "_blocked",
+        "_coming",
         "_events",
         "_hint",
         "_link",
+        "_odd",
         "_parts",
         "_pipe",
         "_received",
@@ -3687,12 +3863,16 @@ class Conn(asyncio.Protocol):
         "_socket",
         "_start",
         "_transport",
+        "_waits",
+        "address",
         "answers",
         "crowd",
         "entered",
         "heard",
+        "held",
         "outbox",
         "pinged",
+        "place",
         "state",
     )
 
@@ -3703,7 +3883,10 @@ class Conn(asyncio.Protocol):
         self._received = bytearray()  # of the request head
         self._socket: ServerProtocol | None = None
         self._events: deque[Frame] = deque()  # received, not yet handed to Rooms
-        self._parts: list[bytes] = []  # of a fragmented message
+        self._parts = bytearray()  # of a fragmented message
+        self._coming = 0  # bytes received of a frame that is not whole yet
+        self._odd = 0  # frames of this tick that ended no message
+        self._waits = False  # it sent too fast: nothing is read for a while
         self._backlog: deque[Message] = deque()  # what the transport has no room for
         self._size = 0  # bytes in the backlog
         self._answers = 0  # bytes unsent, at most, that this peer asked for itself
@@ -3716,13 +3899,16 @@ class Conn(asyncio.Protocol):
         self.entered = False
         self.pinged = False
         self.heard = 0.0
+        self.held = 0  # bytes that come and go, as Link counts them
+        self.address = self.place = ""  # where it comes from, and what counts as one place
 
     # ── from asyncio ─────────────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.set_write_buffer_limits(self._link.limits.high_water)
+        transport.set_write_buffer_limits(0)  # what the system does not take waits here, shared by members
         self.heard = self._link.now()
+        self.address = (transport.get_extra_info("peername") or THIS_MACHINE)[0]
         if not self._link.admit(self):
             transport.abort()
 
@@ -3741,15 +3927,17 @@ class Conn(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._blocked = True
+        self._weigh()
 
     def resume_writing(self) -> None:
         self._blocked = False
+        self._weigh()
         if self.state == OPEN:
             self.heard = self._link.now()
         self._pump()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.state = GONE
+        self.state, self._blocked = GONE, False
         self._forget()
         self._link.lost(self)
 
@@ -3765,6 +3953,7 @@ class Conn(asyncio.Protocol):
         if self.state == HEAD:
             self._read_head(plain)
         elif self._socket is not None:
+            self._coming += len(plain)
             self._socket.receive_data(plain)
             self._read_socket(self._socket)
 
@@ -3781,36 +3970,58 @@ class Conn(asyncio.Protocol):
         request = parse_request(head)
         if self._hint:
             self._respond(use_https(request))
-        elif request is None or not request.wants_socket:
+        elif request is None:
+            self._respond(self._link.page.answer(request))
+        elif busy := self._link.too_many(self, request):
+            self._turn_away(head, request, busy)
+        elif not request.wants_socket:
             self._respond(self._link.page.answer(request))
         elif refusal := self._link.refusal(request):
             self._respond(respond_text("403 Forbidden", refusal))
-        else:
-            self._upgrade(head, rest, request.path.removeprefix("/ws/"))
+        elif self._upgrade(head):
+            self.entered = True
+            self._link.enter(self, request.path.removeprefix("/ws/"))
+            self._read(rest)
+
+    def _turn_away(self, head: bytes, request: HttpRequest, busy: PeerFault) -> None:
+        """Says why there is no place now, where the one who asks can read it: pages see no status of a socket."""
+        if not request.wants_socket:
+            seconds = str(busy.retry_ms // 1000)
+            self._respond(
+                respond_text("503 Service Unavailable", busy.text, request.head_only, **{"Retry-After": seconds})
+            )
+        elif self._upgrade(head):
+            frame = encode_frame(DownFault(0, busy.code, busy.text, busy.retry_ms))
+            self.post(len(frame).to_bytes(4, "big") + frame)
+            self.close(CLOSE_BUSY, busy.code)
 
     def _respond(self, response: bytes) -> None:
         self._write((response,))
         self._end()
 
-    def _upgrade(self, head: bytes, rest: bytes, room_path: str) -> None:
+    def _upgrade(self, head: bytes) -> bool:
         socket_ = ServerProtocol(max_size=self._link.limits.max_message, logger=silent)
         socket_.receive_data(head)
         for handshake in socket_.events_received():
             if isinstance(handshake, Handshake):
                 socket_.send_response(socket_.accept(handshake))
         self._emit(socket_)
-        if socket_.state is State.OPEN:
-            self._socket, self.state, self.entered, self.heard = socket_, OPEN, True, self._link.now()
-            self._link.enter(self, room_path)
-            self._read(rest)
-        else:
+        if socket_.state is not State.OPEN:
             self._end()
+            return False
+        self._socket, self.state, self.heard = socket_, OPEN, self._link.now()
+        return True
 
     def _read_socket(self, socket_: ServerProtocol) -> None:
-        events = socket_.events_received()
+        events = [event for event in socket_.events_received() if isinstance(event, Frame)]
+        self._coming = max(0, self._coming - sum(wire_size(event) for event in events))
+        self._odd += sum(1 for event in events if not event.fin or event.opcode not in DATA)
+        if self._odd > self._link.limits.odd_frames:
+            self.cut(CLOSE_ODD, "too many frames that end no message")
         if self.state == OPEN:
-            self._events.extend(event for event in events if isinstance(event, Frame))
+            self._events.extend(events)
             self._work()
+            self._weigh()
         self._emit(socket_)
         if socket_.close_rcvd is not None:
             self._end()
@@ -3819,21 +4030,42 @@ class Conn(asyncio.Protocol):
 
     def _work(self) -> None:
         """Hands what was received to Rooms, as long as the peer also takes what it asked for."""
-        while self._events and self.state == OPEN and self._answers < self._link.limits.outbox:
+        while self._events and self.state == OPEN and not self._waits and self._answers < self._link.limits.outbox:
             frame = self._events.popleft()
             if frame.opcode in (Opcode.BINARY, Opcode.CONT):
                 self._assemble(frame)
             elif frame.opcode is Opcode.TEXT:
                 self.close(CLOSE_NOT_BYTES, "messages are binary")
-        if self._events and self.state == OPEN:
+        if (self._events or self._waits) and self.state == OPEN:
             self._transport.pause_reading()
 
     def _assemble(self, frame: Frame) -> None:
-        self._parts.append(bytes(frame.data))
+        if frame.fin and not self._parts:
+            self._link.handle(self, bytes(frame.data))
+            return
+        self._parts += frame.data
         if frame.fin:
-            message = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            message = bytes(self._parts)
             self._parts.clear()
             self._link.handle(self, message)
+
+    def wait(self, seconds: float) -> None:
+        """Reads nothing for a while."""
+        if self.state == OPEN:
+            self._waits = True
+            self._transport.pause_reading()
+            self._link.later(seconds, self._waited)
+
+    def _waited(self) -> None:
+        self._waits = False
+        self.heard = self._link.now()  # what it sent meanwhile could not be heard
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if not self._waits and self.state != GONE:
+            self._transport.resume_reading()
+            self._work()
+            self._weigh()
 
     # ── bytes out ────────────────────────────────────────────────────────────────────────────────────────────────────
     def post(self, frame: bytes) -> None:
@@ -3907,6 +4139,7 @@ class Conn(asyncio.Protocol):
         """Sends behind all that waits already."""
         if self._blocked or self._backlog:
             self._hold(message)
+            self._weigh()
             self._check()
         else:
             self._transmit(message)
@@ -3922,23 +4155,32 @@ class Conn(asyncio.Protocol):
             message = self._backlog.popleft()
             self._size -= sum(map(len, message))
             self._transmit(message)
+        self._weigh()
         if self._backlog:
             self._check()
             return
         self._answers = 0
         if self._events:
-            self._transport.resume_reading()
-            self._work()
+            self._read_on()
 
     def _check(self) -> None:
         """Cuts a peer that does not take what others send: in Rooms its place in the log stays."""
         if self.state == OPEN and self._size - self._answers > self._link.limits.outbox:
             self.cut(CLOSE_TOO_SLOW, "too slow")
 
-    @property
-    def owed(self) -> int:
-        """Bytes that wait for this peer."""
-        return self._size
+    def _weigh(self) -> None:
+        """Tells Link what waits here for this peer, or came from it and was not dealt with."""
+        held = self._size + self._coming + len(self._parts)
+        if self._events:
+            held += sum(len(frame.data) for frame in self._events)
+        if self._blocked:
+            held += self._transport.get_write_buffer_size()
+        if held != self.held:
+            change, self.held = held - self.held, held
+            self._link.weigh(change)
+
+    def begin_tick(self) -> None:
+        self._odd = 0
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def close(self, code: int, reason: str) -> None:
@@ -3971,6 +4213,7 @@ class Conn(asyncio.Protocol):
 
     def _start_closing(self) -> None:
         self.state, self.heard = CLOSING, self._link.now()
+        self._transport.resume_reading()  # the answer to a close frame
         self._link.depart(self)
 
     def _end(self) -> None:
@@ -3985,7 +4228,8 @@ class Conn(asyncio.Protocol):
         self._take()
         for held in (self._events, self._parts, self._backlog):
             held.clear()
-        self._size = 0
+        self._size = self._coming = 0
+        self._weigh()
 
 
 def use_https(request: HttpRequest | None) -> bytes:
@@ -4001,13 +4245,22 @@ class Link:
     """All connections and the rooms behind them; carries out effects."""
 
     def __init__(
-        self, rooms: Rooms, page: Page, limits: Limits, context: ssl.SSLContext | None, allow_null_origin: bool = False
+        self,
+        rooms: Rooms,
+        page: Page,
+        limits: Limits,
+        context: ssl.SSLContext | None,
+        allow_null_origin: bool = False,
+        proxies: Sequence[Network] = (),
     ) -> None:
         self.page, self.limits, self.context = page, limits, context
+        self._proxies = proxies  # whose word on where a connection comes from counts
         self.now = time.monotonic
         self._rooms = rooms
         self._allow_null_origin = allow_null_origin
         self._conns: set[Conn] = set()
+        self._places: Counter[str] = Counter()  # connections, by where they come from
+        self._held = 0  # bytes that come and go
         self._dirty: set[Conn] = set()
         self._servers: list[asyncio.Server] = []
         self._empty = asyncio.Event()
@@ -4041,14 +4294,55 @@ class Link:
 
     # ── asked by connections ─────────────────────────────────────────────────────────────────────────────────────────
     def admit(self, conn: Conn) -> bool:
+        """Whether a new connection is listened to. Some are that will only be told why they cannot stay."""
         self._conns.add(conn)
-        return len(self._conns) <= self.limits.connections
+        room = self._rooms.charge(self.limits.conn_bytes)
+        if not is_trusted(conn.address, self._proxies):
+            self._settle(conn, conn.address)
+        over = max(self._beyond(), self._beyond_place(conn))
+        return room and over <= self.limits.turned_away
+
+    def _settle(self, conn: Conn, address: str) -> None:
+        conn.address, conn.place = address, place_of(address)
+        if conn.place:
+            self._places[conn.place] += 1
+
+    def _beyond(self) -> int:
+        return len(self._conns) - self.limits.connections
+
+    def _beyond_place(self, conn: Conn) -> int:
+        return self._places[conn.place] - self.limits.connections_an_address if conn.place else 0
+
+    def too_many(self, conn: Conn, request: HttpRequest) -> PeerFault | None:
+        """Why this connection cannot stay, known once its head says whom a proxy sends."""
+        if not conn.place and is_trusted(conn.address, self._proxies):
+            self._settle(conn, forwarded_for(request.fields.get("x-forwarded-for", ""), self._proxies) or conn.address)
+        retry = self.limits.busy_retry_ms
+        if self._beyond_place(conn) > 0:
+            return PeerFault("busy", "too many connections come from your address", retry)
+        if self._beyond() > 0:
+            return PeerFault("busy", "this relay has as many connections as it may", retry)
+        return None
 
     def lost(self, conn: Conn) -> None:
         self._conns.discard(conn)
+        self._rooms.charge(-self.limits.conn_bytes)
+        if conn.place:
+            self._places[conn.place] -= 1
+            if not self._places[conn.place]:
+                del self._places[conn.place]
         self.depart(conn)
         if not self._conns:
             self._empty.set()
+
+    def weigh(self, change: int) -> None:
+        """Counts bytes that come and go."""
+        self._held += change
+        if change > 0 and self._held > self.limits.for_passage:
+            self._relieve()
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        self._loop.call_later(seconds, action)
 
     def depart(self, conn: Conn) -> None:
         """Rooms hears of the end at its beginning: who is being cut is no longer there for the others."""
@@ -4069,7 +4363,7 @@ class Link:
         return "the page is from another origin; a proxy must pass the Host field on"
 
     def enter(self, conn: Conn, room_path: str) -> None:
-        self._transit(conn, self._rooms.enter, conn, room_path)
+        self._transit(conn, functools.partial(self._rooms.enter, origin=conn.place), conn, room_path)
 
     def handle(self, conn: Conn, message: bytes) -> None:
         self._messages += 1
@@ -4090,6 +4384,8 @@ class Link:
                 self._answer(cast("Sequence[Conn]", effect.conns)[0], effect.frame)
             elif isinstance(effect, Send):
                 self._send(cast("Sequence[Conn]", effect.conns), effect.frame, cause)
+            elif isinstance(effect, Wait):
+                cast(Conn, effect.conn).wait(effect.seconds)
             else:
                 cast(Conn, effect.conn).close(effect.code, effect.reason)
 
@@ -4143,8 +4439,8 @@ class Link:
     def _sweep(self) -> None:
         now = self.now()
         for conn in list(self._conns):
+            conn.begin_tick()
             self._examine(conn, now - conn.heard)
-        self._relieve()
         self._transit(None, self._rooms.expire)
         log.debug(
             "%d connections, %d messages in, %d frames out, %d cut",
@@ -4164,13 +4460,15 @@ class Link:
             conn.abort()
 
     def _relieve(self) -> None:
-        """Cuts those that are owed most when all that waits together passes the limit of what rooms may hold."""
-        owed = {conn: conn.owed for conn in self._conns if conn.owed}
-        for conn in sorted(owed, key=owed.__getitem__, reverse=True):
-            if sum(owed.values()) <= self.limits.max_memory:
+        """Cuts those that hold most of what comes and goes, until there is some place again."""
+        over = self._held - self.limits.for_passage * self.limits.pressed_share
+        for conn in sorted(self._conns, key=lambda each: each.held, reverse=True):
+            if over <= 0:
                 return
-            del owed[conn]
+            over -= conn.held
             conn.cut(CLOSE_TOO_SLOW, "too slow")
+            if conn.held:  # the transport keeps what it has, and this one does not take it
+                conn.abort()
 
 
 def report_bug(error: BaseException | None) -> None:
@@ -4222,6 +4520,13 @@ def parse_name(text: str) -> str:
     if not HOST_NAME.fullmatch(name):
         raise argparse.ArgumentTypeError(f"{text!r} is not a host name or address: give it without https:// and port")
     return name
+
+
+def parse_network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text.strip().strip("[]"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address or network such as 10.0.0.0/8") from None
 
 
 def parse_level(text: str) -> str:
