@@ -37,8 +37,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=dc5c8ae6aededcf2c2c5db756998affe02137c0bcf56301a6a70e2cd180452d0
-  SHA256_PAGE=45ae04620ae9beaea11199d9484599933987f96ec340358ea2e71de0120dc7da
+  SHA256_PROGRAM=762ea9041767db828e244af448346449ab14844061e5ef6369ba5f2bae84f215
+  SHA256_PAGE=a4cae248655d04cec57421eb2e2ab59f5a2a9e589b96933eb556a1262aa297b2
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

@@ -5295,27 +5295,24 @@ def test_chunks_come_as_they_are_put_within_the_window_asked_for(desk: Desk, hom
         return zsr.UpGet(home.ann.dev, b"f" * 16, start, window)
 
     assert desk.say("ben", get(0, 2)) == [(("ben",), zsr.DownNoFile(home.ann.dev, b"f" * 16))]
-    assert desk.say("ann", put(0, 4)) == [(("ann",), zsr.DownSent(1, 0))]
+    assert desk.say("ann", put(0, 4)) == [(("ann",), zsr.DownSent(1, 1))]
     assert desk.say("ben", get(0, 3)) == [(("ben",), chunk(0))]
     assert desk.say("cat", get(1, 1)) == []
-    assert desk.say("ann", put(2, 4)) == [(("ann",), zsr.DownSent(1, 0))], "they wait for an earlier one"
+    assert desk.say("ann", put(2, 4)) == [(("ann",), zsr.DownSent(1, 3))], "they wait for an earlier one"
     assert desk.say("ann", put(1, 4)) == [
-        (("ann",), zsr.DownSent(1, 0)), (("ben", "cat"), chunk(1)), (("ben",), chunk(2)),
+        (("ann",), zsr.DownSent(1, 3)), (("ben", "cat"), chunk(1)), (("ben",), chunk(2)),
     ]  # fmt: skip
-    assert desk.say("ann", put(3, 4)) == [(("ann",), zsr.DownSent(1, 0))], "both windows are used up"
+    assert desk.say("ann", put(3, 4)) == [(("ann",), zsr.DownSent(1, 4))], "both windows are used up"
     assert desk.say("ben", get(3, 9)) == [(("ben",), chunk(3))]
-    assert desk.say("ann", put(3, 4)) == [(("ann",), zsr.DownSent(1, 0))], "the same again changes nothing"
+    assert desk.say("ann", put(0, 4)) == [(("ann",), zsr.DownSent(1, 4))], "the same again: all the rest is here"
     assert refused(desk, "ann", put(4, 4)) == refused(desk, "ann", put(0, 5)) == "bad"
 
 
 def test_a_file_goes_when_all_have_it_or_its_author_drops_it(desk: Desk, home: House) -> None:
     got = zsr.UpGot(home.ann.dev, b"f" * 16)
-    desk.say("ann", put(0, 2))
-    desk.say("ben", got)
-    assert desk.room.files[home.ann.dev, b"f" * 16].got == set(), "nobody has a file that is not whole"
     desk.say("ann", put(1, 2))
     desk.say("ben", got)
-    assert len(desk.room.files) == 1
+    assert len(desk.room.files) == 1, "only a part of it came again, after a restart: who lacked that has it now"
     desk.say("cat", got)
     assert len(desk.room.files) == 0
     assert desk.room.used == counted(desk.room)
@@ -5333,8 +5330,8 @@ def test_a_file_no_longer_waits_for_who_was_removed(desk: Desk, home: House) -> 
 
 
 def test_files_are_bounded_and_leave_place_for_messages(home: House) -> None:
-    desk = full_desk(home, max_file=10_000, max_room_memory=80_000, file_share=0.5)
-    assert refused(desk, "ann", put(0, 9, bytes(10_100))) == "too-big"
+    desk = full_desk(home, max_file=10_000, chunk=10_100, max_room_memory=80_000, file_share=0.5)
+    assert refused(desk, "ann", put(0, 1, bytes(10_200))) == "too-big"
     answers = [faults(desk.say("ann", put(0, 1, bytes(5000), file_id=b"%016d" % n))) for n in range(8)]
     assert answers[0] == []
     assert answers[-1] == ["full"]
@@ -5342,9 +5339,98 @@ def test_files_are_bounded_and_leave_place_for_messages(home: House) -> None:
     assert faults(desk.say("ann", post(home, ct=bytes(9_000)))) == []
 
 
+class Stream:
+    """Ann's file of 100 chunks at a relay that keeps files of 4: it passes through a window of 3."""
+
+    def __init__(self, home: House) -> None:
+        self.ann, self.ref = home.ann.dev, 0
+        self.desk = full_desk(home, max_file=3900, chunk=1000, file_window=3)
+
+    def puts(self, index: int) -> list[Told]:
+        self.ref = index + 1
+        return self.desk.say("ann", put(index, 100, bytes(1000), ref=self.ref))
+
+    def get(self, name: str, start: int, window: int) -> list[Told]:
+        return self.desk.say(name, zsr.UpGet(self.ann, b"f" * 16, start, window))
+
+    def chunk(self, index: int) -> zsr.DownChunk:
+        return zsr.DownChunk(self.ann, b"f" * 16, index, 100, bytes(1000))
+
+    @property
+    def file(self) -> zsr.File:
+        (file,) = self.desk.room.files.values()
+        assert self.desk.room.used == counted(self.desk.room)
+        return file
+
+
+@pytest.fixture
+def stream(home: House) -> Stream:
+    return Stream(home)
+
+
+def test_a_file_beyond_the_limit_passes_through_a_window(stream: Stream) -> None:
+    assert [stream.puts(n) for n in range(3)] == [[], [], []], "nobody takes it: no answer, so no credit"
+    assert faults(stream.puts(3)) == ["full"]
+    assert stream.get("ben", 0, 2) == [
+        (("ben",), stream.chunk(0)), (("ben",), stream.chunk(1)),
+        (("ann",), zsr.DownSent(1, 2)), (("ann",), zsr.DownSent(2, 2)),
+    ]  # fmt: skip
+    assert list(stream.file.chunks) == [2]
+    assert stream.puts(3) == []
+    assert stream.get("ben", 2, 3) == [
+        (("ben",), stream.chunk(2)), (("ben",), stream.chunk(3)),
+        (("ann",), zsr.DownSent(3, 4)), (("ann",), zsr.DownSent(4, 4)),
+    ]  # fmt: skip
+    assert stream.puts(4) == [(("ben",), stream.chunk(4)), (("ann",), zsr.DownSent(5, 5))]
+    assert stream.file.size == 0
+
+
+def test_the_slowest_of_those_who_take_a_streamed_file_sets_the_pace(stream: Stream) -> None:
+    stream.puts(0)
+    stream.get("ben", 0, 3)
+    stream.puts(1)
+    assert stream.get("cat", 0, 3) == [(("cat",), zsr.DownNoFile(stream.ann, b"f" * 16))], "that has passed"
+    assert stream.get("cat", 2, 1) == []
+    assert stream.puts(2) == [(("ben", "cat"), stream.chunk(2)), (("ann",), zsr.DownSent(3, 3))]
+    stream.get("ben", 3, 3)
+    assert stream.puts(3) == [(("ben",), stream.chunk(3))], "cat has asked for no more yet"
+    assert stream.desk.say("cat", zsr.UpGet(stream.ann, b"f" * 16, 3, 0)) == [(("ann",), zsr.DownSent(4, 4))], (
+        "who pauses holds nobody up"
+    )
+    stream.get("cat", 4, 1)
+    stream.puts(4)
+    stream.puts(5)
+    assert (("ann",), zsr.DownSent(6, 6)) in stream.desk.leave("cat")
+
+
+def test_the_sender_of_a_streamed_file_is_told_where_to_go_on(stream: Stream, home: House) -> None:
+    for n in range(3):
+        stream.puts(n)
+    stream.get("ben", 0, 3)
+    stream.puts(3)
+    stream.desk.leave("ann")
+    stream.get("ben", 3, 3)
+    stream.desk.come("ann", home.ann, home.made)
+    assert stream.puts(1) == [(("ann",), zsr.DownSent(2, 4))], "1 to 3 have passed"
+    assert stream.puts(4) == [(("ben",), stream.chunk(4)), (("ann",), zsr.DownSent(5, 5))]
+    stream.desk.leave("ben")
+    assert stream.puts(0) == [], "nobody takes it any more, so it begins again for who asked for that"
+    assert stream.get("cat", 0, 1) == [(("cat",), stream.chunk(0)), (("ann",), zsr.DownSent(1, 1))]
+
+
+def test_a_streamed_file_ends_for_each_who_has_it(stream: Stream) -> None:
+    stream.puts(99)
+    assert stream.get("ben", 99, 1) == [(("ben",), stream.chunk(99)), (("ann",), zsr.DownSent(100, 100))]
+    got = zsr.UpGot(stream.ann, b"f" * 16)
+    stream.desk.say("ben", got)
+    assert stream.file.floor == 100
+    stream.desk.say("cat", got)
+    assert stream.desk.room.files == {}
+
+
 # ------------------------------------------------------------------------------------------------------- demo room --
 def test_anyone_enters_the_demo_room_and_finds_its_last_events() -> None:
-    desk = Desk(b"", demo_events=3, demo_ttl=100.0, demo_file=1000, sweep_seconds=0.0)
+    desk = Desk(b"", demo_events=3, demo_ttl=100.0, demo_file=1000, chunk=1070, sweep_seconds=0.0)
     desk.path = "aaa"
     room = H("room", b"aaa")
     ann, ben = new_device(room), new_device(room)
@@ -5360,6 +5446,7 @@ def test_anyone_enters_the_demo_room_and_finds_its_last_events() -> None:
     live = zsr.UpLive(3, 0, ZERO32, b"typing")
     assert desk.say("ben", live) == [(("ann",), zsr.DownLive(3, ben.dev, 0, ZERO32, b"typing"))]
     assert refused(desk, "ann", put(0, 1, bytes(1100))) == "too-big"
+    assert refused(desk, "ann", put(0, 100, bytes(1000))) == "too-big", "nothing streams there"
     desk.say("ann", put(0, 1))
     assert heard(desk.say("ben", zsr.UpGet(ann.dev, b"f" * 16, 0, 1)), "ben")[0].ct == b"chunk"
     desk.say("ben", zsr.UpGot(ann.dev, b"f" * 16))

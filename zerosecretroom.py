@@ -129,7 +129,8 @@ class Limits:
     ttl: float = 72 * 3600.0  # s: a long weekend offline loses nothing; beyond it vectors heal
     max_memory: int = 1 << 30  # bytes in all rooms: what a small rented machine can spare
     max_room_memory: int = 256 << 20  # bytes a room: four files of the largest size with their messages
-    max_file: int = 64 << 20  # bytes of one file before sealing
+    max_file: int = 64 << 20  # bytes of one file before sealing; a larger one passes through a window
+    chunk: int = 256 << 10  # bytes of a sealed chunk, the last excepted: what Tink's segments are
     max_message: int = 4 << 20  # bytes of a WebSocket message, many frames: a hello with several rosters
     max_frame: int = 2 << 20  # bytes of one frame: a unit of 1,024 devices with its chain is 0.6 MiB
     max_envelope: int = 512 << 10  # bytes of one sealed event, batch or chunk; a chunk is 256 KiB
@@ -1611,6 +1612,12 @@ class Answer(Send):
     __slots__ = ()
 
 
+class Bulk(Send):
+    """Effect: a chunk to each of these sockets; what people say does not wait behind it."""
+
+    __slots__ = ()
+
+
 class Close(NamedTuple):
     """Effect: this socket ends once what is queued for it has gone."""
 
@@ -1697,15 +1704,24 @@ class Seat:
 
 
 class File:
-    """Sealed chunks on their way: who has them all, and who waits for which."""
+    """Sealed chunks on their way: who has them all, and who waits for which. A streamed one is larger than the relay
+    keeps: a chunk stays until all who take the file have passed it, and only then its sender hears of it."""
 
-    __slots__ = ("at", "chunks", "count", "got", "size", "waits")
+    __slots__ = ("at", "chunks", "count", "floor", "got", "puts", "size", "streamed", "waits")
 
-    def __init__(self, count: int, at: float) -> None:
-        self.count, self.at, self.size = count, at, 0
+    def __init__(self, count: int, at: float, streamed: bool, floor: int) -> None:
+        self.count, self.at, self.streamed, self.size = count, at, streamed, 0
+        self.floor = floor  # of a streamed one: chunks below have passed
         self.chunks: dict[int, bytes] = {}
+        self.puts: dict[int, tuple[Peer, int, int]] = {}  # of a streamed one, by index: who awaits which answer, bytes
         self.got: set[bytes] = set()
         self.waits: dict[Peer, tuple[int, int]] = {}  # next index, and the first beyond the window
+
+    def next(self, index: int) -> int:
+        """The first chunk from this index on that is not here: where its sender may go on."""
+        while index in self.chunks:
+            index += 1
+        return index
 
 
 class Shelf(Generic[K, T]):
@@ -1898,6 +1914,18 @@ class Room:
             self.charge(-file.size - self.limits.overhead * (len(file.chunks) + 1))
         return file
 
+    def drop_chunks(self, file: File, low: int) -> list[tuple[Peer, int]]:
+        """Takes what has passed out of a streamed file: who put it, and the refs to be answered."""
+        file.floor, passed = low, [index for index in file.chunks if index < low]
+        answers = []
+        for index in passed:
+            del file.chunks[index]
+            peer, ref, size = file.puts.pop(index)
+            answers.append((peer, ref))
+            file.size -= size
+            self.charge(-size - self.limits.overhead)
+        return answers
+
     def wanted_by(self, key: tuple[bytes, bytes], file: File) -> bool:
         """Whether some listed device but the author has not said that it has the file."""
         return self.demo or bool(self.seats.keys() - file.got - {key[0]})
@@ -2079,7 +2107,8 @@ class Rooms:
         if room.newcomers.get(peer.dev) is peer:
             del room.newcomers[peer.dev]
         for file in room.files.values():
-            file.waits.pop(peer, None)
+            if file.waits.pop(peer, None):
+                self._pass(room, file, file.floor)
         seat = room.seats.get(peer.dev)
         if seat and seat.peer is peer:
             self._absent(room, peer, seat)
@@ -2830,58 +2859,103 @@ class Rooms:
         file, cost = room.files.get(key), len(frame.ct) + limits.overhead
         if frame.index >= frame.count or (file and file.count != frame.count):
             raise Bad("chunk is beyond its file")
-        if file and frame.index in file.chunks:
-            self._answer(peer, DownSent(frame.ref, 0))
+        if file and self._known(peer, file, frame):
             return
-        largest = limits.demo_file if room.demo else limits.max_file
-        size = (file.size if file else 0) + len(frame.ct)
-        if size > largest + (largest >> 12) + 64:  # tags take 1/16,384 and the header 40 bytes
-            raise PeerFault("too-big", "file is larger than this relay keeps")
+        streamed = self._streams(room, file, frame)
         self._fits(frame.ct)
         if file is None and len(room.files) >= limits.files:
             raise Full("too many files in this room", limits.full_retry_ms)
+        if file and streamed and file.floor <= frame.index and len(file.chunks) >= limits.file_window:
+            raise Full("nobody takes this file as fast as it comes", limits.full_retry_ms)
         self._afford(room, cost + (0 if file else limits.overhead), now, limits.file_share)
         if file is None:
-            file = room.files[key] = File(frame.count, now)
+            file = room.files[key] = File(frame.count, now, streamed, frame.index)
             room.charge(limits.overhead)
-        chunk = encode_frame(DownChunk(peer.dev, frame.file_id, frame.index, frame.count, frame.ct))
-        file.chunks[frame.index], file.size = chunk, size
+        elif frame.index < file.floor:  # nobody takes it any more: it begins again, for somebody else
+            room.drop_chunks(file, file.count)
+            file.floor = frame.index
+        file.chunks[frame.index] = encode_frame(DownChunk(peer.dev, frame.file_id, frame.index, frame.count, frame.ct))
+        file.size += len(frame.ct)
         room.charge(cost)
-        self._answer(peer, DownSent(frame.ref, 0))
-        self._feed(file, frame.index)
+        if streamed:
+            file.puts[frame.index] = peer, frame.ref, len(frame.ct)
+        else:
+            self._answer(peer, DownSent(frame.ref, file.next(frame.index)))
+        self._feed(room, file, frame.index)
 
-    def _feed(self, file: File, index: int) -> None:
+    def _known(self, peer: Peer, file: File, frame: UpPut) -> bool:
+        """Whether this chunk is here or has passed already; then its sender hears where to go on."""
+        if frame.index in file.chunks and file.streamed:
+            file.puts[frame.index] = peer, frame.ref, file.puts[frame.index][2]
+            return True
+        if frame.index in file.chunks:
+            self._answer(peer, DownSent(frame.ref, file.next(frame.index)))
+            return True
+        if file.streamed and frame.index < file.floor and file.waits:
+            self._answer(peer, DownSent(frame.ref, file.floor))
+            return True
+        return False
+
+    def _streams(self, room: Room, file: File | None, frame: UpPut) -> bool:
+        """Whether this file is one that the relay does not keep; raises where it does not pass it on either."""
+        largest = self._limits.demo_file if room.demo else self._limits.max_file
+        # tags take 1/16,384 and the header 40 bytes
+        most = -(-(largest + (largest >> 12) + 64) // self._limits.chunk)
+        streamed = frame.count > most
+        size = (file.size if file else 0) + len(frame.ct)
+        if (room.demo and streamed) or (not streamed and size > most * self._limits.chunk):
+            raise PeerFault("too-big", "file is larger than this relay keeps")
+        return streamed
+
+    def _feed(self, room: Room, file: File, index: int) -> None:
         """The chunk that came goes to all that wait for it in one effect; then each gets what it may have beyond."""
-        ready = [peer for peer, (at, _) in file.waits.items() if at == index]
+        ready = [peer for peer, (at, until) in file.waits.items() if at == index < until]
         if ready:
-            self._out.append(Send(tuple(peer.conn for peer in ready), file.chunks[index]))
+            self._out.append(Bulk(tuple(peer.conn for peer in ready), file.chunks[index]))
+        reached = file.floor
         for peer in ready:
             _, until = file.waits.pop(peer)
-            self._stream(peer, file, index + 1, until)
+            reached = self._stream(peer, file, index + 1, until)
+        self._pass(room, file, reached)
 
-    def _stream(self, peer: Peer, file: File, at: int, until: int) -> None:
+    def _stream(self, peer: Peer, file: File, at: int, until: int) -> int:
         while at < until and at in file.chunks:
-            self._out.append(Send((peer.conn,), file.chunks[at]))
+            self._out.append(Bulk((peer.conn,), file.chunks[at]))
             at += 1
-        if at < until:
+        if at < (file.count if file.streamed else until):
             file.waits[peer] = at, until
+        return at
+
+    def _pass(self, room: Room, file: File, reached: int) -> None:
+        """What all who take a streamed file have passed is let go of. Who put it gets as much new credit, and hears
+        what is wanted next; `reached` counts where nobody takes it any more."""
+        low = min((at for at, _ in file.waits.values()), default=reached)
+        if file.streamed and low > file.floor:
+            for peer, ref in room.drop_chunks(file, low):
+                if peer.conn in self._peers:
+                    self._answer(peer, DownSent(ref, low))
 
     def _get(self, peer: Peer, frame: UpGet, now: float) -> None:
         file = peer.room.files.get((frame.dev, frame.file_id))
-        if file is None:
-            self._tell(peer, DownNoFile(frame.dev, frame.file_id))
-            return
+        at, until = file.waits.pop(peer, (frame.from_, frame.from_)) if file else (0, 0)
         window = min(frame.window, self._limits.file_window)
-        at, until = file.waits.pop(peer, (frame.from_, frame.from_))
         if until != frame.from_ or until - at > window:  # asked anew, not on from where the last answer will end
             at = frame.from_
-        self._stream(peer, file, at, min(frame.from_ + window, file.count))
+        reached = file.floor if file else 0
+        if file is None or at < file.floor:
+            self._tell(peer, DownNoFile(frame.dev, frame.file_id))
+        elif window:
+            reached = self._stream(peer, file, at, min(frame.from_ + window, file.count))
+        if file:  # without a window it is no longer wanted
+            self._pass(peer.room, file, reached)
 
     def _got(self, peer: Peer, frame: UpGot, now: float) -> None:
         room, key = peer.room, (frame.dev, frame.file_id)
         file = room.files.get(key)
-        if file and len(file.chunks) == file.count and not room.demo:
+        if file and not room.demo:
             file.got.add(peer.dev)
+            file.waits.pop(peer, None)
+            self._pass(room, file, file.floor)
             if not room.wanted_by(key, file):
                 self._end_file(room, key)
 
@@ -3851,6 +3925,7 @@ class Conn(asyncio.Protocol):
         "_answers",
         "_backlog",
         "_blocked",
+        "_bulk",
         "_coming",
         "_events",
         "_hint",
@@ -3888,7 +3963,8 @@ class Conn(asyncio.Protocol):
         self._odd = 0  # frames of this tick that ended no message
         self._waits = False  # it sent too fast: nothing is read for a while
         self._backlog: deque[Message] = deque()  # what the transport has no room for
-        self._size = 0  # bytes in the backlog
+        self._bulk: deque[Message] = deque()  # chunks that wait until nothing else does
+        self._size = 0  # bytes in both
         self._answers = 0  # bytes unsent, at most, that this peer asked for itself
         self._blocked = False
         self.state = HEAD
@@ -3907,10 +3983,18 @@ class Conn(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         transport.set_write_buffer_limits(0)  # what the system does not take waits here, shared by members
+        self._keep_kernel_queue_short(transport)
         self.heard = self._link.now()
         self.address = (transport.get_extra_info("peername") or THIS_MACHINE)[0]
         if not self._link.admit(self):
             transport.abort()
+
+    def _keep_kernel_queue_short(self, transport: asyncio.Transport) -> None:
+        """What the kernel has taken cannot be overtaken: it gets only what the line is about to carry."""
+        option, socket_ = getattr(socket, "TCP_NOTSENT_LOWAT", None), transport.get_extra_info("socket")
+        if option is not None and socket_ is not None:
+            with suppress(OSError):
+                socket_.setsockopt(socket.IPPROTO_TCP, option, self._link.limits.high_water)
 
     def data_received(self, data: bytes) -> None:
         if self._pipe is None:
@@ -4078,6 +4162,12 @@ class Conn(asyncio.Protocol):
             self._pack()
             self._hold((binary_header(4 + len(frame)) + len(frame).to_bytes(4, "big"), frame))
 
+    def post_bulk(self, frame: bytes) -> None:
+        """Takes a chunk, which goes when nothing else does; the caller sees to the flush."""
+        if self.state == OPEN:
+            self._bulk.append((binary_header(4 + len(frame)) + len(frame).to_bytes(4, "big"), frame))
+            self._size += sum(map(len, self._bulk[-1]))
+
     def charge(self, size: int) -> None:
         """Counts bytes that this peer caused for itself: they do not make it a slow one."""
         self._answers += size
@@ -4091,6 +4181,8 @@ class Conn(asyncio.Protocol):
             if self.answers:
                 self._write(joined(self.answers))
                 self.answers.clear()
+            if self._bulk:
+                self._pump()
         else:
             self._pack()
             self._pump()
@@ -4151,12 +4243,12 @@ class Conn(asyncio.Protocol):
 
     def _pump(self) -> None:
         """Sends of the backlog what the transport takes, then goes on with what was received meanwhile."""
-        while self._backlog and not self._blocked:
-            message = self._backlog.popleft()
+        while (self._backlog or self._bulk) and not self._blocked:
+            message = (self._backlog or self._bulk).popleft()
             self._size -= sum(map(len, message))
             self._transmit(message)
         self._weigh()
-        if self._backlog:
+        if self._backlog or self._bulk:
             self._check()
             return
         self._answers = 0
@@ -4226,7 +4318,7 @@ class Conn(asyncio.Protocol):
 
     def _forget(self) -> None:
         self._take()
-        for held in (self._events, self._parts, self._backlog):
+        for held in (self._events, self._parts, self._backlog, self._bulk):
             held.clear()
         self._size = self._coming = 0
         self._weigh()
@@ -4380,7 +4472,9 @@ class Link:
                 cause.cut(CLOSE_BUG, "relay failed")
             return
         for effect in effects:
-            if isinstance(effect, Answer):
+            if isinstance(effect, Bulk):
+                self._bulk(cast("Sequence[Conn]", effect.conns), effect.frame)
+            elif isinstance(effect, Answer):
                 self._answer(cast("Sequence[Conn]", effect.conns)[0], effect.frame)
             elif isinstance(effect, Send):
                 self._send(cast("Sequence[Conn]", effect.conns), effect.frame, cause)
@@ -4395,6 +4489,14 @@ class Link:
         conn.answers.append(len(frame).to_bytes(4, "big") + frame)
         conn.charge(len(frame))
         self._dirty.add(conn)
+
+    def _bulk(self, conns: Sequence[Conn], frame: bytes) -> None:
+        self._deliveries += len(conns)
+        self._wake()
+        for conn in conns:
+            conn.post_bulk(frame)
+            conn.charge(len(frame))  # within a window that each of them asked for
+        self._dirty.update(conns)
 
     def _wake(self) -> None:
         if not self._dirty:
