@@ -37,7 +37,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=762ea9041767db828e244af448346449ab14844061e5ef6369ba5f2bae84f215
+  SHA256_PROGRAM=6029de3ce3c354887c6b29019a179481875a8f148f2ea4c0b79040453d56643d
   SHA256_PAGE=a4cae248655d04cec57421eb2e2ab59f5a2a9e589b96933eb556a1262aa297b2
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

@@ -5489,7 +5489,9 @@ def test_when_bytes_run_out_absent_devices_lose_the_earliest_and_present_ones_no
     assert faults(told) == ["full"], "ben is present and has not acknowledged"
     assert heard(told, "ann")[0].retry_ms > 0
     desk.now += desk.limits.slow_seconds
-    assert faults(desk.say("ann", post(home, ct=bytes(700)))) == [], "who stays silent holds back nobody"
+    told = desk.say("ann", post(home, ct=bytes(700)))
+    assert [text for _, frame in told if isinstance(frame, zsr.DownFault) for text in [frame.text]] == [zsr.NOT_KEPT]
+    assert any(isinstance(frame, zsr.DownSent) for _, frame in told), "who stays silent holds back nobody"
 
 
 def test_rooms_nobody_is_in_make_place_for_those_in_use(home: House) -> None:

@@ -164,6 +164,7 @@ class Limits:
     connections_an_address: int = 512  # of these from one IPv4 address or IPv6 /64: a school behind one router
     turned_away: int = 16  # beyond either of the two, at once, that are told why before they are let go
     busy_retry_ms: int = 15_000  # ms after which they may try again
+    unsent: int = 65_536  # bytes that the system takes of a peer beyond what its line carries just now
     conn_bytes: int = 65_536  # bytes charged for a connection: 49 KB were measured, and half a TLS record may wait
     link_share: float = 0.25  # of all memory, for what comes and goes; beyond, whoever holds most of it is cut
     link_least: int = 16 << 20  # bytes of that in any case: four of the largest messages
@@ -3994,7 +3995,7 @@ class Conn(asyncio.Protocol):
         option, socket_ = getattr(socket, "TCP_NOTSENT_LOWAT", None), transport.get_extra_info("socket")
         if option is not None and socket_ is not None:
             with suppress(OSError):
-                socket_.setsockopt(socket.IPPROTO_TCP, option, self._link.limits.high_water)
+                socket_.setsockopt(socket.IPPROTO_TCP, option, self._link.limits.unsent)
 
     def data_received(self, data: bytes) -> None:
         if self._pipe is None:
