@@ -9129,6 +9129,31 @@ def test_attack_14_a_dropped_event_is_seen_as_missing_and_heals(stage: Stage) ->
     stage.talk(room, [ana, bob], ["dropped", "after it"])
 
 
+def test_a_gap_that_nobody_here_can_fill_is_spoken_of_ever_more_rarely(stage: Stage) -> None:
+    """Seen to fail without `2 ** Math.min(this.idle, IDLE)` in Delivery.attend."""
+    room, (ana, bob, cleo) = stage.meet("ana", "bob", "cleo")
+    stage.do(ana, "send", text="dropped")
+    both = [dropping(name, zsr.DownEvent) for name in (bob, cleo)]
+    stage.lie = lambda name, frames: both[1](name, both[0](name, frames))
+    stage.drain()
+    stage.lie = None
+    stage.do(ana, "send", text="after it")
+    stage.drain()
+    stage.away(ana)
+
+    def vectors(seconds: int) -> int:
+        before = len(stage.up[bob])
+        stage.settle(seconds)
+        return sum(isinstance(frame, zsr.UpLive) and frame.type == 2 for frame in stage.up[bob][before:])
+
+    minutes = [vectors(60) for _ in range(12)]
+    assert minutes[0] >= 4
+    assert sum(minutes[6:]) <= minutes[0]
+    stage.start(ana)
+    stage.settle(12)
+    stage.talk(room, [ana, bob, cleo], ["dropped", "after it"])
+
+
 def test_attack_15_a_cut_tail_is_called_held_back_after_30_s_and_heals(stage: Stage) -> None:
     """Room.behind compares the peers' vectors with what is here; Delivery.tick says so after half a minute.
 
