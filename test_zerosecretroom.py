@@ -15245,6 +15245,15 @@ def tour_of_the_dialogs(ann: User) -> Iterator[View]:
     yield "link a device", ann
     ann.press("Escape")
     close_side(ann, "Devices")
+    ann.click("button", "Search")
+    ann.find("textbox", "Words").fill("ferry")
+    ann.css("#hits mark").appears()
+    yield "search", ann
+    choose(ann.find("dialog", "Search"), "Kind", "photo")
+    ann.find("textbox", "Words").fill("")
+    ann.css("#hits .tile img").appears()
+    yield "gallery", ann
+    close_side(ann, "Search")
     ann.click("button", "Settings")
     yield "settings", ann
     ann.click("button", "Set passphrase")
@@ -15374,7 +15383,12 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("theme", THEME_RULES)
 def test_texts_and_marks_stand_out_from_every_ground(theme: str) -> None:
     colour, most = tokens(theme), 7.0 if theme.startswith("contrast") else 4.5
-    texts = {"ink": GROUNDS, "ink-2": GROUNDS, "ink-3": ("bg", "surface", "raised", "field"), "accent-ink": GROUNDS}
+    texts = {
+        "ink": (*GROUNDS, "mark"),
+        "ink-2": GROUNDS,
+        "ink-3": ("bg", "surface", "raised", "field"),
+        "accent-ink": GROUNDS,
+    }
     texts |= {
         "danger": (*GROUNDS, "danger-tint"),
         "warn": ("surface", "bg", "warn-tint"),
@@ -15386,6 +15400,185 @@ def test_texts_and_marks_stand_out_from_every_ground(theme: str) -> None:
     ratios = {(ink, on): (contrast(colour[ink.strip()], colour[on]), most) for ink in texts for on in texts[ink]}
     ratios |= {(ink, on): (contrast(colour[ink], colour[on]), 3.0) for ink in marks for on in marks[ink]}
     assert {pair: round(ratio, 2) for pair, (ratio, least) in ratios.items() if ratio < least} == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ search --
+
+SEARCH_BLOCKS = ("room-78-search",)
+SEARCH_RIG = r"""
+'use strict';
+// Rows as they stand in a store: an item is what it says, and Notary and Keeper hand it out. Rooms are who is who.
+const hex = (x) => x, Bytes = {hex};
+const Room = {key: (dev, i) => `${dev}.${i}`, memberOf: (s, dev) => s[dev] ?? ''};
+const Keeper = {unrecord: (value) => ({item: value})};
+const Notary = {contentOf: (item) => item};
+"""
+SEARCH_CASES = r"""
+'use strict';
+const Cases = (() => {
+  const s = {a1: 'ann', a2: 'ann', b1: 'bob'}, names = {a1: 'Ann', a2: 'Ann', b1: 'Bob'};
+  const talk = (id) => ({id, s, view: {title: {text: id}}, desk: {me: {dev: 'a1', room: id}, nameOf: (d) => names[d],
+    files: {model: (file) => ({id: file})}}});
+  let lam = 0, index, stored;
+  const event = (kind, body, dev = 'b1', room = 'pier') => {
+    lam += 1;
+    return {put: 'event', room, lam, dev, i: lam, value: {kind, time: lam, body, whole: body !== null}};
+  };
+  const page = async (room, after, limit) => stored.filter((e) => e.room === room && e.lam > (after?.[0] ?? 0)).slice(0, limit);
+  const store = {eventsAfter: page, tx: async (ops) => { stored.push(...ops); }};
+  const find = (words, more = {}) => {
+    const found = index.find({words, kind: '', person: '', room: '', ...more}, [talk('pier'), talk('quay')]);
+    return [found.total, ...found.hits.map(({parts}) => parts.map(([text, hit]) => (hit ? `[${text}]` : text)).join(''))];
+  };
+  const begin = async (...events) => {
+    [index, stored] = [new Search.Index(), events];
+    while (!await index.more(store, ['pier', 'quay']));
+  };
+  const later = (...ops) => index.watched(store).tx(ops);
+  return {
+    async words() {
+      await begin(event('text', {text: 'The FÄHRE leaves'}), event('text', {text: 'no ferry'}), event('reply', {text: '渡轮七点开'}),
+        event('profile', {name: 'ferry'}), event('text', null));
+      return [find('fahre'), find('ferry'), find('the leaves'), find('leaves early'), find('七点'), find('')];
+    },
+    async kinds() {
+      const file = (name, type) => event('file', {name, type, file_id: name, thumb: []});
+      await begin(file('beach.jpg', 'image/jpeg'), file('odd.PNG', ''), file('plan.pdf', 'application/pdf'),
+        event('text', {text: 'see https://example.org'}), event('text', {text: 'see you'}, 'a2', 'quay'));
+      return [find('', {kind: 'photo'}), find('', {kind: 'file'}), find('', {kind: 'link'}), find('see', {person: 'Ann'}),
+        find('see', {room: 'quay'}), find('see', {room: 'pier', person: 'Ann'})];
+    },
+    async follows() {
+      const said = event('text', {text: 'at seven'});
+      await begin(said);
+      const answers = [find('seven')];
+      await later(event('text', {text: 'by seven'}, 'a1'));
+      answers.push(find('seven'));
+      const edit = (dev, text) => event('edit', {text, target: {dev: said.dev, i: said.i}}, dev);
+      await later(edit('a1', 'at nine'));
+      answers.push(find('nine'));
+      await later(edit('b1', 'at eight'));
+      answers.push(find('eight'), find('seven'));
+      await later({...said, value: {kind: 'text', time: 1, body: null, whole: false}});
+      answers.push(find('eight'), find('at'));
+      await later({...stored[1], put: undefined, del: 'event'});
+      answers.push(find('by'));
+      index.forget('pier');
+      return [...answers, find('seven')];
+    },
+    async races() {
+      const said = event('text', {text: 'secret'});
+      [index, stored] = [new Search.Index(), [said]];
+      const held = {...store, eventsAfter: async (...asked) => {
+        const found = await page(...asked);
+        index.saw({...said, value: {kind: 'text', time: 1, body: null, whole: false}});
+        return found;
+      }};
+      while (!await index.more(held, ['pier']));
+      return find('secret');
+    },
+    async many(count) {
+      await begin(...Array.from({length: count}, (_, n) => event('text', {text: `line ${n} of the log, as long as people write`})));
+      const [total] = find(`line ${count - 7} `), [all, ...hits] = find('line');
+      return [total, all, hits.length];
+    },
+    excerpt: () => Search.cut(`${'a'.repeat(100)} needle ${'b'.repeat(300)}`, ['needle']).map(([text, hit]) => [text.length, hit]),
+  };
+})();
+"""
+
+
+@pytest.fixture(scope="module")
+def search() -> Iterator[Node]:
+    started = Node([("rig", SEARCH_RIG), *page_blocks(SEARCH_BLOCKS), ("cases", SEARCH_CASES)])
+    yield started
+    started.close()
+
+
+def test_words_are_found_whatever_their_case_and_accents(search: Node) -> None:
+    assert search.call("Cases.words") == [
+        [1, "The [FÄHRE] leaves"],
+        [1, "no [ferry]"],
+        [1, "[The] FÄHRE [leaves]"],
+        [0],
+        [1, "渡轮[七点]开"],
+        [0],
+    ]
+
+
+def test_kinds_people_and_rooms_narrow_it_down(search: Node) -> None:
+    assert search.call("Cases.kinds") == [
+        [2, "odd.PNG", "beach.jpg"],
+        [1, "plan.pdf"],
+        [1, "see https://example.org"],
+        [1, "[see] you"],
+        [1, "[see] you"],
+        [0],
+    ]
+
+
+def test_what_is_written_edited_and_deleted_is_found_accordingly(search: Node) -> None:
+    """An edit by someone else has no effect, and what is deleted leaves no word behind."""
+    assert search.call("Cases.follows") == [
+        [1, "at [seven]"],
+        [2, "by [seven]", "at [seven]"],
+        [0],
+        [1, "at [eight]"],
+        [1, "by [seven]"],
+        [0],
+        [0],
+        [0],
+        [0],
+    ]
+
+
+def test_what_is_deleted_while_the_store_is_read_is_not_found(search: Node) -> None:
+    assert search.call("Cases.races") == [0]
+
+
+def test_thousands_of_messages_are_read_by_pages_and_the_newest_shown(search: Node) -> None:
+    assert search.call("Cases.many", 5000) == [1, 5000, 100]
+
+
+def test_an_excerpt_begins_a_little_before_the_first_hit(search: Node) -> None:
+    assert search.call("Cases.excerpt") == [[41, False], [6, True], [114, False], [1, False]]
+
+
+@on_engines("chromium")
+def test_what_was_said_is_found_in_all_rooms_and_jumped_to(
+    arrive: Arrive, relay: Relay, media: Media, engine: str
+) -> None:
+    ann = arrive(engine)
+    make_room(ann, relay, "Pier")
+    is_connected(ann)
+    write(ann, "the ferry leaves at seven")
+    hears(ann, "at seven")
+    ann.upload(media["photo.jpg"])
+    has_file(ann, "photo.jpg")
+    fill_room(ann, 400)
+    ann.click("button", "Rooms")
+    make_room(ann, relay, "Quay")
+    ann.click("button", "Search")
+    box = ann.find("dialog", "Search")
+    assert focused(ann) == "Words"
+    box.find("textbox", "Words").fill("FERRY")
+    hit = box.find("button", re.compile("Pier"))
+    eventually(hit.count, "it is found")
+    assert box.css("mark").text() == "ferry"
+    hit.click()
+    is_in(ann, "Pier")
+    eventually(lambda: "at seven" in ann.js("document.activeElement.innerText"), "it has the focus")
+    assert ann.js(
+        "(({top, bottom}) => top > 0 && bottom < innerHeight)(document.activeElement.getBoundingClientRect())"
+    )
+    ann.click("button", "Search")
+    box.find("textbox", "Words").fill("")
+    choose(box, "Kind", "photo")
+    box.find("button", re.compile(r"^photo\.jpg")).appears()
+    box.find("textbox", "Words").fill("nowhere")
+    box.find("status").says("Nothing found for “nowhere” on this device.")
+    ann.press("Escape")
+    eventually(lambda: focused(ann) == "Search", "the focus returns")
 
 
 # ======================================================================================================================
