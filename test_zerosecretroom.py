@@ -11,6 +11,7 @@ Sections, each only leaning on earlier ones:
     relay           its transitions, and a state machine against a model
     room            every state and event of the client's room
     talk            conversations of pure clients with loss, doubling and tampering
+    messages        answers, edits, deletions, reactions, votes: the same for all in whatever order they come
     vault           the passphrase, the lock, export and import, and what a thief of the disk can do
     socket          real TLS sockets, limits, slow readers, restarts, secrecy
     browser         two people doing the whole main job in Chromium, Firefox and WebKitGTK
@@ -2748,6 +2749,31 @@ class TimerBody:
     seconds: zsr.U32
 
 
+@dataclass(frozen=True, slots=True)
+class PollBody:
+    expires: zsr.U32
+    many: zsr.U8
+    question: zsr.Text
+    choices: tuple[zsr.Text, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VoteBody:
+    target: Top
+    choices: tuple[zsr.U8, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PinBody:
+    target: Top
+    on: zsr.U8
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBody:
+    upto: tuple[Want, ...]
+
+
 EVENT_BODIES = {
     "text": TextBody,
     "file": FileBody,
@@ -2759,6 +2785,10 @@ EVENT_BODIES = {
     "profile": ProfileBody,
     "title": TitleBody,
     "timer": TimerBody,
+    "poll": PollBody,
+    "vote": VoteBody,
+    "pin": PinBody,
+    "read": ReadBody,
 }
 
 SHAPES: dict[str, tuple[type[Any], ...]] = {
@@ -7220,6 +7250,14 @@ const Lab = (() => {
   const blob = async (name, file) => new Uint8Array(await (await clients.get(name).session.dispatch({do: 'blob', file})).arrayBuffer());
   const touch = async (name) => { clients.get(name).session.touch(); await idle(name); };
   const session = (name) => clients.get(name).session;
+  /** forge signs an event that the page itself would not make; key names the message that it speaks of. */
+  const forge = async (name, id, kind, key, body) => {
+    const talk = clients.get(name).session.rooms.get(id), e = await talk.desk.enqueue((b) => talk.events.entry(b, key));
+    if (!e) throw new Bytes.Refused('bad', 'nothing there to speak of');
+    await talk.say({kind, body: {...body, target: {dev: Bytes.unhex(e.dev), i: e.i, hash: Bytes.unhex(e.hash)}}});
+    await idle(name);
+    return out(name);
+  };
   const faults = () => globalThis.faults.splice(0);
   /** decree commits what an admin wants: a charter with other admins or policy (of the root's holder), devices out. */
   const decree = async (name, id, {admins, policy, invites_from, without = []}) => {
@@ -7245,7 +7283,7 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
-  return {faults, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, ask, answer, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session};
+  return {faults, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, ask, answer, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session};
 })();
 """
 
@@ -8763,6 +8801,341 @@ def test_no_schedule_of_joins_removals_and_losses_leaves_anyone_astray(
     for op, x in schedule:
         saga.do(op, x)
     saga.end()
+
+
+# ======================================================================================================================
+# Markdown: text to a tree, without a page. What is no mark stays as it was written, and nothing is lost on the way.
+# ======================================================================================================================
+
+
+@pytest.fixture(scope="session")
+def markdown() -> Iterator[Node]:
+    started = Node(page_blocks(("room-80-markdown",)))
+    yield started
+    started.close()
+
+
+def as_text(kids: list[Any]) -> str:
+    """A tree written down again, with brackets for marks: em(...), code(...)."""
+    return "".join(kid if isinstance(kid, str) else f"{kid['as']}({as_text(kid['kids'])})" for kid in kids)
+
+
+def as_blocks(parsed: list[Any]) -> list[str]:
+    """Blocks written down: their kind and what is in them."""
+    inner: dict[str, Callable[[Any], str]] = {
+        "text": lambda b: as_text(b["kids"]),
+        "pre": lambda b: f"{b['lang']}|{b['text']}",
+        "quote": lambda b: " / ".join(as_blocks(b["kids"])),
+        "list": lambda b: f"{b['start']}|" + "|".join(as_text(item) for item in b["items"]),
+    }
+    return [f"{block['as']}: {inner[block['as']](block)}" for block in parsed]
+
+
+class TestMarkdown:
+    @pytest.mark.parametrize(
+        ("text", "meant"),
+        [
+            ("plain, two\nlines\n\nand one", ["text: plain, two\nlines\n\nand one"]),
+            ("**bold** __too__ *it* _it_ ~~no~~", ["text: strong(bold) strong(too) em(it) em(it) del(no)"]),
+            ("**bold with *italic* in it**", ["text: strong(bold with em(italic) in it)"]),
+            ("这是**重点**内容", ["text: 这是strong(重点)内容"]),
+            ("`**not bold**` and ``a ` in it``", ["text: code(**not bold**) and code(a ` in it)"]),
+            ("snake_case_name 2*3*4 a ** b ** c * d", ["text: snake_case_name 2*3*4 a ** b ** c * d"]),
+            ("https://x.test/_a_*b* *so*", ["text: https://x.test/_a_*b* em(so)"]),
+            ("*open and `open", ["text: *open and `open"]),
+            ("```sh\nls *\n\n> x\n```\nafter", ["pre: sh|ls *\n\n> x", "text: after"]),
+            ("```\nnever closed", ["pre: |never closed"]),
+            ("> said\n> **loud**\n> - one\nme", ["quote: text: said\nstrong(loud) / list: 0|one", "text: me"]),
+            ("to buy:\n- tea\n* *milk*\n\nthen", ["text: to buy:", "list: 0|tea|em(milk)", "text: then"]),
+            ("3. c\n4. d", ["list: 3|c|d"]),
+            ("1984. A year", ["text: 1984. A year"]),
+            ("-5 degrees, 1.5 m", ["text: -5 degrees, 1.5 m"]),
+            ("<b>no</b> [a](javascript:x)", ["text: <b>no</b> [a](javascript:x)"]),
+        ],
+    )
+    def test_light_marks_mean_what_people_expect(self, markdown: Node, text: str, meant: list[str]) -> None:
+        assert as_blocks(markdown.call("Markdown.parse", text)) == meant
+
+    @given(text=st.text(alphabet="ab *_~`>-1.\n#漢", max_size=200))
+    @settings(max_examples=200, deadline=None, database=None)
+    def test_no_letter_is_lost_and_no_mark_is_made_up(self, markdown: Node, text: str) -> None:
+        told = "".join(as_blocks(markdown.call("Markdown.parse", text)))
+        words = re.sub(r"(text|pre|quote|list|em|del|strong|code)[:(]", "", told)
+        assert re.findall("[ab漢#]", words) == re.findall("[ab漢#]", text)
+
+    @pytest.mark.parametrize("piece", ["*a ", "_a", "`", "``a", "> ", "- a\n", "~~a ~", "**a*", "```\n", "https://"])
+    def test_the_work_does_not_grow_faster_than_a_message_can(self, markdown: Node, piece: str) -> None:
+        """A text as long as the page lets through comes back at all: the bridge gives up after two minutes."""
+        assert markdown.call("Markdown.parse", piece * (16_384 // len(piece)))
+
+
+# ======================================================================================================================
+# Messages: what people do to messages after they were said: answers, edits, deletions, reactions, votes, pins. All of it
+# is a pure function of the events that a device holds, so whoever holds the same events sees the same.
+# ======================================================================================================================
+
+
+def rows(lab: Laboratory, name: str) -> list[dict[str, Any]]:
+    """The messages as everyone has to see them alike: without what differs by who looks, and who came when."""
+    seen = []
+    for m in lab.room(name)["messages"]:
+        if m["kind"] not in ("text", "file", "poll", "deleted"):
+            continue
+        poll = m["poll"] and [(each["text"], each["names"]) for each in m["poll"]["options"]]
+        quote = m["quote"] and (m["quote"]["key"], m["quote"]["author"], m["quote"]["text"])
+        reactions = [(each["emoji"], each["names"]) for each in m["reactions"]]
+        same = {what: m[what] for what in ("key", "kind", "author", "text", "edits", "pinned", "expires")}
+        seen.append({**same, "poll": poll, "quote": quote, "reactions": reactions})
+    return seen
+
+
+def message(lab: Laboratory, name: str, text: str) -> dict[str, Any]:
+    """The one message with that text."""
+    (found,) = [m for m in lab.room(name)["messages"] if m["text"] == text]
+    return cast("dict[str, Any]", found)
+
+
+def key_of(lab: Laboratory, name: str, text: str) -> str:
+    return str(message(lab, name, text)["key"])
+
+
+def forge(lab: Laboratory, name: str, room: str, kind: str, key: str, **body: Any) -> None:
+    """An event that the page of an honest member would not make, signed by that member all the same."""
+    lab._heed(name, lab.node.call("Lab.forge", name, room, kind, key, body))
+
+
+class TestMessages:
+    def test_a_reply_shows_what_it_answers_also_after_that_was_edited_or_deleted(self, lab: Laboratory) -> None:
+        _, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "send", text="ferry at nine")
+        lab.settle(3)
+        lab.do(bob, "send", text="too early", key=key_of(lab, bob, "ferry at nine"))
+        lab.settle(3)
+        for name in (ana, bob, cleo):
+            quote = message(lab, name, "too early")["quote"]
+            assert (quote["author"], quote["text"]) == (ana, "ferry at nine")
+        lab.do(ana, "edit", key=key_of(lab, ana, "ferry at nine"), text="ferry at ten")
+        lab.settle(3)
+        assert [message(lab, name, "too early")["quote"]["text"] for name in (ana, bob, cleo)] == ["ferry at ten"] * 3
+        lab.do(ana, "delete", keys=[key_of(lab, ana, "ferry at ten")])
+        lab.settle(3)
+        assert [message(lab, name, "too early")["quote"]["text"] for name in (ana, bob, cleo)] == [""] * 3
+
+    def test_an_edit_keeps_the_earlier_wordings_and_reaches_those_who_were_away(self, lab: Laboratory) -> None:
+        _, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "send", text="one")
+        lab.settle(3)
+        lab.away(cleo)
+        for text in ("two", "three"):
+            lab.do(ana, "edit", key=message(lab, ana, "one" if text == "two" else "two")["key"], text=text)
+        lab.settle(3)
+        lab.start(cleo)
+        lab.settle(12)
+        for name in (ana, bob, cleo):
+            assert [each["text"] for each in message(lab, name, "three")["edits"]] == ["one", "two"]
+        assert lab.model(bob)["rooms"][0]["last"]["text"] == "three"
+
+    def test_a_deleted_message_is_gone_from_every_disk_with_its_edits(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "send", text="before")
+        lab.do(ana, "send", text="secret")
+        lab.settle(3)
+        lab.do(ana, "edit", key=key_of(lab, ana, "secret"), text="secret, again")
+        lab.settle(3)
+        lab.do(ana, "delete", keys=[key_of(lab, ana, "secret, again")])
+        lab.settle(12)
+        for name in (ana, bob, cleo):
+            events = lab.facts(name, room)["events"]
+            assert [e[4] for e in events if e[5] and e[4] in ("text", "edit", "delete")] == ["delete", "text"], name
+            assert [m["kind"] for m in lab.room(name)["messages"]][-1] == "deleted"
+            assert lab.model(name)["rooms"][0]["last"]["text"] == "before"
+        agree(lab, room, [ana, bob, cleo], ["before", ""])
+
+    def test_an_edit_or_delete_by_someone_else_has_no_effect(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "send", text="mine alone")
+        lab.settle(3)
+        key = key_of(lab, bob, "mine alone")
+        for do, what in (("edit", {"key": key, "text": "never"}), ("delete", {"keys": [key]})):
+            with pytest.raises(Refused, match="someone else"):
+                lab.do(bob, do, **what)
+        forge(lab, bob, room, "edit", key, text="never said")
+        forge(lab, bob, room, "delete", key)
+        lab.settle(12)
+        for name in (ana, bob, cleo):
+            m = message(lab, name, "mine alone")
+            assert (m["kind"], m["edits"]) == ("text", [])
+            lab.crash(name)
+        lab.settle(6)
+        assert all(message(lab, name, "mine alone")["edits"] == [] for name in (ana, bob, cleo))
+
+    def test_what_lasts_is_not_undone_by_its_authors_delete(self, lab: Laboratory) -> None:
+        """A deletion of a deletion, of a name or of a vote would bring back, or leave, a matter of who came first."""
+        room, (ana, bob, _) = room_of_three(lab)
+        lab.do(ana, "send", text="gone for good")
+        lab.settle(3)
+        lab.do(ana, "delete", keys=[key_of(lab, ana, "gone for good")])
+        lab.settle(3)
+        facts = lab.facts(ana, room)
+        events = {kind: f"{dev}.{i}" for _, dev, i, _, kind, *_ in facts["events"] if dev == facts["dev"]}
+        forge(lab, ana, room, "delete", events["delete"])
+        forge(lab, ana, room, "delete", events["profile"])
+        lab.settle(12)
+        for name in (ana, bob):
+            kinds = [(kind, whole) for *_, kind, whole, _ in lab.facts(name, room)["events"]]
+            assert "gone for good" not in lab.texts(name)
+            assert kinds.count(("delete", True)) == 3
+            assert ("profile", False) not in kinds
+
+    def test_reactions_are_counted_once_a_person_and_taken_back(self, lab: Laboratory) -> None:
+        _, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "send", text="cake?")
+        lab.settle(3)
+        key = key_of(lab, bob, "cake?")
+        for name in (bob, cleo):
+            lab.do(name, "react", key=key, emoji="🎂")
+        lab.do(bob, "react", key=key, emoji="👍🏽")
+        lab.settle(3)
+        assert [(r["emoji"], sorted(r["names"])) for r in message(lab, ana, "cake?")["reactions"]] == [
+            ("🎂", [bob, cleo]),
+            ("👍🏽", [bob]),
+        ]
+        lab.do(bob, "react", key=key, emoji="🎂")
+        lab.settle(3)
+        assert [r["names"] for r in message(lab, ana, "cake?")["reactions"]] == [[cleo], [bob]]
+        for letters in ("no", "1", "<b>", "🎂🎂"):
+            with pytest.raises(Refused):
+                lab.do(bob, "react", key=key, emoji=letters)
+
+    def test_a_poll_counts_the_last_fair_vote_of_each(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "poll", question="When?", choices=["Sat", "Sun", " "], many=False)
+        lab.settle(3)
+        key = key_of(lab, bob, "When?")
+        for name, votes in ((ana, [[0]]), (bob, [[0], [1]]), (cleo, [[1], []])):
+            for choices in votes:
+                lab.do(name, "vote", key=key, choices=choices)
+        lab.settle(3)
+        poll = message(lab, cleo, "When?")["poll"]
+        assert [(o["text"], o["names"]) for o in poll["options"]] == [("Sat", [ana]), ("Sun", [bob])]
+        forge(lab, bob, room, "vote", key, choices=[0, 1])
+        forge(lab, ana, room, "vote", key, choices=[7])
+        lab.settle(3)
+        assert [o["names"] for o in message(lab, cleo, "When?")["poll"]["options"]] == [[], []]
+        for offered in (["one"], ["same", "same "], []):
+            with pytest.raises(Refused):
+                lab.do(ana, "poll", question="?", choices=offered, many=False)
+
+    def test_pins_hold_for_all_and_the_last_word_counts(self, lab: Laboratory) -> None:
+        _, (ana, bob, cleo) = room_of_three(lab)
+        for text in ("first", "second"):
+            lab.do(ana, "send", text=text)
+            lab.settle(3)
+            lab.do(bob, "pin", key=key_of(lab, bob, text), on=True)
+        lab.settle(3)
+        assert [[p["text"] for p in lab.room(name)["pins"]] for name in (ana, bob, cleo)] == [["second", "first"]] * 3
+        lab.do(cleo, "pin", key=key_of(lab, cleo, "second"), on=False)
+        lab.settle(3)
+        lab.crash(ana)
+        lab.settle(3)
+        assert [[p["text"] for p in lab.room(name)["pins"]] for name in (ana, bob, cleo)] == [["first"]] * 3
+
+    def test_what_is_answered_or_pinned_far_above_is_found(self, lab: Laboratory) -> None:
+        _, (ana, bob, _) = room_of_three(lab)
+        lab.do(ana, "send", text="long ago")
+        lab.do(ana, "edit", key=key_of(lab, ana, "long ago"), text="long, long ago")
+        lab.settle(3)
+        key = key_of(lab, bob, "long, long ago")
+        for n in range(130):
+            lab.do(ana, "send", text=f"line {n}")
+        lab.settle(6)
+        lab.crash(bob)
+        lab.settle(6)
+        assert key not in [m["key"] for m in lab.room(bob)["messages"]]
+        lab.do(bob, "send", text="remember?", key=key)
+        lab.do(bob, "pin", key=key, on=True)
+        assert not message(lab, bob, "remember?")["quote"]["loaded"], "what lies further up is read when it is shown"
+        lab.settle(3)
+        assert message(lab, bob, "remember?")["quote"]["text"] == "long, long ago"
+        assert [p["text"] for p in lab.room(bob)["pins"]] == ["long, long ago"]
+        assert lab.do(bob, "reach", key=key)
+        assert message(lab, bob, "long, long ago")["edits"]
+
+
+class Party:
+    """Three members who say and do to messages whatever a list of numbers says, while frames move in any order."""
+
+    OPS = ("say", "reply", "edit", "delete", "react", "poll", "vote", "pin", "forge", "move", "cut", "crash", "kill")
+
+    def __init__(self, lab: Laboratory) -> None:
+        self.lab = lab
+        self.room, self.people = room_of_three(lab)
+        self.said = 0
+
+    def do(self, op: str, x: int) -> None:
+        name = self.people[x % 3]
+        if op in ("cut", "crash"):
+            getattr(self.lab, op)(name)
+        elif op == "kill":
+            self.lab.kill()
+        elif op == "move":
+            for _ in range(x % 8):
+                if moves := self.lab.moves():
+                    self.lab.move(*moves[x % len(moves)])
+        else:
+            with contextlib.suppress(Refused):
+                self._deed(op, name, x // 3)
+
+    def _deed(self, op: str, name: str, x: int) -> None:
+        shown = [m for m in self.lab.room(name)["messages"] if m["kind"] in ("text", "poll")]
+        mail = [m["key"] for m in shown if op != "forge" or not m["mine"]] or ["00" * 16 + ".1"]
+        key, do = mail[x % len(mail)], functools.partial(self.lab.do, name)
+        self.said += 1
+        deeds: dict[str, Callable[[], Any]] = {
+            "say": lambda: do("send", text=f"text {self.said}"),
+            "reply": lambda: do("send", text=f"reply {self.said}", key=key),
+            "edit": lambda: do("edit", key=key, text=f"edit {self.said}"),
+            "delete": lambda: do("delete", keys=[key]),
+            "react": lambda: do("react", key=key, emoji="👍🎉"[x % 2]),
+            "poll": lambda: do("poll", question=f"poll {self.said}", choices=["a", "b"], many=x % 2 == 0),
+            "vote": lambda: do("vote", key=key, choices=[x % 2]),
+            "pin": lambda: do("pin", key=key, on=x % 3 > 0),
+            "forge": lambda: forge(self.lab, name, self.room, ("edit", "delete")[x % 2], key, text="forged"),
+        }
+        deeds[op]()
+
+    def end(self) -> None:
+        """All see the same, also from the disk alone, and nobody's words came from another."""
+        self.lab.settle(60)
+        seen = [rows(self.lab, name) for name in self.people]
+        assert seen[1] == seen[0]
+        assert seen[2] == seen[0]
+        assert not [m for m in seen[0] if m["text"] == "forged"]
+        for name in self.people:
+            self.lab.crash(name)
+        self.lab.settle(20)
+        assert [rows(self.lab, name) for name in self.people] == seen
+        assert self.lab.node.call("Lab.faults") == []
+
+
+@given(
+    schedule=st.lists(st.tuples(st.sampled_from(Party.OPS), st.integers(0, 2**10)), min_size=10, max_size=60),
+    seed=st.integers(1, 2**31),
+)
+@settings(
+    max_examples=max(4, EXAMPLES // 2),
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+def test_all_see_the_same_in_whatever_order_events_arrive(
+    clients: Node, schedule: list[tuple[str, int]], seed: int
+) -> None:
+    party = Party(Laboratory(clients, seed))
+    for op, x in schedule:
+        party.do(op, x)
+    party.end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -13966,6 +14339,66 @@ def test_the_demo_room_is_open_to_anyone(arrive: Arrive, relay: Relay, engine: s
     assert dora.find("article", re.compile("^Emil")).count() == 1
     write(dora, "me")
     hears(emil, "me")
+
+
+# ---------------------------------------------------------------------------------------------------------- messages --
+
+
+def said(user: User, text: str) -> Spot:
+    """The one article with that text."""
+    spots = user.find("log", "Messages").find("article")
+    at = eventually(lambda: [n for n in range(spots.count()) if text in spots.nth(n).text()], f"{text!r} stands there")
+    assert len(at) == 1, articles(user)
+    return spots.nth(at[0])
+
+
+def act(user: User, text: str, item: str) -> None:
+    """Chooses an item of a message's menu."""
+    said(user, text).find("button", "More").click()
+    user.find("menuitem", item).click()
+
+
+@on_engines()
+def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    write(ann, "ferry at nine")
+    hears(bob, "ferry at nine")
+    said(bob, "ferry at nine").find("button", "More").click()
+    items = [bob.find("menuitem").nth(n).text().strip() for n in range(bob.find("menuitem").count())]
+    assert items[:2] == ["Reply", "React"]
+    assert "Copy" in items
+    assert not {"Edit", "Delete"} & set(items), "not on others' messages"
+    bob.press("Escape")
+    bob.find("menuitem", "Reply").vanishes()
+    act(bob, "ferry at nine", "Reply")
+    bob.css("#about-text").says("Reply to Ann: ferry at nine")
+    write(bob, "too early")
+    hears(ann, "too early")
+    assert "ferry at nine" in article(ann, "too early"), "the answered one is quoted"
+    act(bob, "too early", "React")
+    bob.find("menuitemcheckbox", "🎂").click()
+    said(ann, "too early").find("button", "🎂 1: Bob").appears()
+    said(ann, "too early").find("button", "🎂 1: Bob").click()
+    said(bob, "too early").find("button", re.compile("🎂 2: ")).appears()
+    write(ann, "meet **here** `a*b` @Bob <i>x</i>")
+    hears(bob, "meet here a*b @Bob <i>x</i>")
+    act(ann, "meet here", "Edit")
+    box = ann.find("textbox", "Message")
+    assert box.value() == "meet **here** `a*b` @Bob <i>x</i>"
+    box.fill("meet **there**")
+    box.press("Enter")
+    hears(bob, "meet there")
+    said(bob, "meet there").find("button", "Edited, show earlier versions").click()
+    bob.find("dialog", "Earlier versions").says("meet here a*b @Bob <i>x</i>")
+    bob.press("Escape")
+    act(ann, "meet there", "Copy")
+    assert ann.find("menuitem").count() == 0
+    act(ann, "meet there", "Delete")
+    eventually(lambda: "Ann deleted a message" in bob.css("body").text(), "Bob sees that it is gone")
+    assert "there" not in "".join(articles(bob))
+    assert "You deleted a message" in ann.css("body").text()
+    said(bob, "too early").find("button", re.compile("^Ann")).click()
+    bob.wait("document.activeElement.matches('article') && document.activeElement.innerText.includes('ferry at nine')")
 
 
 # ------------------------------------------------------------------------------------------------------------- files --
