@@ -7142,10 +7142,10 @@ globals.globalThis = globals;
 LAB = r"""
 'use strict';
 const Lab = (() => {
-  const clients = new Map();
+  const clients = new Map(), MIB = 2 ** 20, sizes = {keep: 64 * MIB, auto: 64 * MIB};
   let time = 0, serial = 0;
   const world = (client) => ({
-    now: () => time, wall: () => 1_700_000_000_000 + time, random: () => client.dice(),
+    sizes, now: () => time, wall: () => 1_700_000_000_000 + time, random: () => client.dice(),
     later: (ms, run) => { if (!client.dead) client.timers.push({at: time + ms, run}); },
     connect: (url, owner) => {
       const line = {id: 0, url, owner, open: false, closed: false};
@@ -7205,10 +7205,13 @@ const Lab = (() => {
   const mute = (name, on) => { clients.get(name).mute = on; };
   const dispatch = async (name, intent) => {
     if (intent.files) intent.files = intent.files.map((f) => Object.assign(new Blob([f.bytes], {type: f.type}), {name: f.name}));
+    if (intent.source) intent.source = new Blob([intent.source]);
     const result = await clients.get(name).session.dispatch(intent);
     await idle(name);
     return result ?? null;
   };
+  /** resize changes up to what size files are kept sealed by their author and fetched unasked. */
+  const resize = (keep, auto) => { Object.assign(sizes, {keep, auto}); };
   /** ask and answer are dispatch in two halves, for what waits on others. */
   const ask = async (name, intent) => {
     const client = clients.get(name);
@@ -7283,7 +7286,21 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
-  return {faults, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, ask, answer, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session};
+  /** queue: a line that carries a segment in `each` ms and answers after `trip` ms: the window at last, and the longest
+   *  that what was said meanwhile had to wait. */
+  const queue = (trip, each) => {
+    const flow = new Flow.Flow(), under = [];
+    let now = 0, free = 0, most = 0;
+    for (let n = 0; n < 400; n += 1) {
+      while (!flow.free) { const {at, k} = under.shift(); now = Math.max(now, at); flow.done(k, now); }
+      flow.put(n, now);
+      free = Math.max(now, free) + each;
+      if (n > 200) most = Math.max(most, free - now);
+      under.push({at: free + trip, k: n});
+    }
+    return [Math.floor(flow.window), most];
+  };
+  return {faults, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, ask, answer, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session, resize, queue};
 })();
 """
 
@@ -7388,7 +7405,7 @@ class Laboratory:
                 self._heed(name, self.node.call("Lab.opened", name, wire.id))
             elif "close" in word and word["id"] in self.wires:
                 self._end(self.wires[word["id"]])
-            elif "bytes" in word:
+            elif "bytes" in word and word["id"] in self.wires:  # what was said as the line broke is lost
                 self.upward.append((word["id"], word["bytes"]))
 
     def do(self, who: str, do: str, /, **intent: Any) -> Any:
@@ -9136,6 +9153,264 @@ def test_all_see_the_same_in_whatever_order_events_arrive(
     for op, x in schedule:
         party.do(op, x)
     party.end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Freight: files in the laboratory whose way breaks off, and what then crosses the wires a second time. Real page, real
+# relay; every segment that is put or arrives is counted.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SEGMENT_BYTES = 262_144
+
+
+class Freight(Laboratory):
+    """Counts the segments that pass, and can stop the world when enough of them have."""
+
+    def __init__(self, node: Node, seed: int = 1, **limits: Any) -> None:
+        self.puts = list[tuple[str, int]]()  # who gave the relay which segment
+        self.came = list[tuple[str, int]]()  # to whom which segment came
+        self.held = 0  # the most bytes the relay held
+        super().__init__(node, seed, **limits)
+
+    def _move_up(self, wire: Wire) -> None:
+        message = next(m for i, m in self.upward if i == wire.id)
+        for data in zsr.split_frames(message):
+            frame = zsr.decode_frame(data)
+            if isinstance(frame, zsr.UpPut):
+                self.puts.append((wire.client, frame.index))
+        super()._move_up(wire)
+        self.held = max(self.held, self.rooms.counts()["bytes"])
+
+    def _move_down(self, wire: Wire) -> None:
+        frames = [zsr.decode_frame(data) for data in wire.inbox]
+        self.came += [(wire.client, frame.index) for frame in frames if isinstance(frame, zsr.DownChunk)]
+        super()._move_down(wire)
+
+    def until(self, what: Callable[[], bool]) -> None:
+        """Deliver, one message after another, until it is so."""
+        for _ in range(5000):
+            if what():
+                return
+            moves = self.moves()
+            if moves:
+                self.move(*self.dice.choice(moves))
+            else:
+                self.tick(0.25)
+        raise AssertionError("it never came to that")
+
+    def twice(self, who: str) -> int:
+        """How many segments this one gave to the relay, or was brought by it, more than once."""
+        return max(
+            len(list(seen)) - len(set(seen))
+            for seen in ([n for name, n in told if name == who] for told in (self.puts, self.came))
+        )
+
+    def file(self, name: str) -> Any:
+        (file,) = [m["file"] for m in self.room(name)["messages"] if m["file"]]
+        return file
+
+    def has(self, content: bytes, *names: str) -> None:
+        for name in names:
+            file = self.file(name)
+            assert file["state"] == "here", (name, file)
+            assert self.node.call("Lab.blob", name, file["id"]) == content, name
+        assert self.node.call("Lab.faults") == []
+
+
+@pytest.fixture
+def freight(clients: Node) -> Iterator[Freight]:
+    yield Freight(clients, max_file=4 << 20)
+    clients.call("Lab.resize", 64 << 20, 64 << 20)
+
+
+def sent_file(lab: Freight, segments: int, people: int = 3) -> tuple[list[str], bytes]:
+    """Ana has sent a file of so many segments, and it has just begun to move."""
+    names = fresh("ana", "bob", "cleo")[:people]
+    lab.start(*names)
+    lab.create(names[0])
+    lab.join(names[0], *names[1:])
+    content = lab.dice.randbytes((segments - 1) * (SEGMENT_BYTES - 16) + 100)
+    lab.do(names[0], "files", files=[{"name": "a.bin", "type": "", "bytes": content}])
+    return names, content
+
+
+@pytest.mark.parametrize("how", ["sender's socket", "receiver's socket", "receiver's page", "sender's page", "relay"])
+def test_a_file_goes_on_where_it_broke_off(freight: Freight, how: str) -> None:
+    (ana, bob, cleo), content = sent_file(freight, 12)
+    freight.until(lambda: len([n for name, n in freight.came if name == bob]) >= 5)
+    gone = {
+        "sender's socket": lambda: freight.cut(ana),
+        "receiver's socket": lambda: freight.cut(bob),
+        "receiver's page": lambda: freight.crash(bob),
+        "sender's page": lambda: freight.crash(ana),
+        "relay": freight.kill,
+    }[how]
+    gone()
+    freight.settle(40)
+    freight.has(content, bob, cleo)
+    assert freight.file(ana)["state"] == "here"
+    assert freight.twice(bob) <= 1, freight.came
+    assert how == "relay" or freight.twice(ana) <= 1, "what the relay had before its restart, nobody but it had"
+    assert freight.rooms.counts()["files"] == 0, "all have it"
+
+
+def test_a_file_may_break_off_again_and_again(freight: Freight) -> None:
+    names, content = sent_file(freight, 12)
+    for number in range(8):
+        count = len(freight.came)
+        freight.until(lambda count=count: len(freight.came) > count or not freight.rooms.counts()["files"])  # type: ignore[misc]
+        if number % 3:
+            freight.cut(names[number % 2])
+        else:
+            freight.kill()
+    freight.settle(60)
+    freight.has(content, *names[1:])
+
+
+def offered(lab: Freight, segments: int) -> tuple[list[str], bytes]:
+    """Ana has offered a file that is larger than the relay keeps; nobody takes it yet."""
+    lab.node.call("Lab.resize", 1 << 20, 1 << 20)
+    names, content = sent_file(lab, segments)
+    lab.settle(4)
+    assert [lab.file(name)["state"] for name in names] == ["moving", "offered", "offered"]
+    assert lab.file(names[0])["why"] == "taker"
+    return names, content
+
+
+def fetch(lab: Freight, name: str) -> None:
+    lab.do(name, "fetch", file=lab.file(name)["id"])
+
+
+def test_a_file_of_any_size_passes_through_a_bounded_window(clients: Node, freight: Freight) -> None:
+    (ana, bob, cleo), content = offered(freight, 28)
+    fetch(freight, bob)
+    freight.until(lambda: len(freight.came) > 10)
+    assert freight.file(ana)["done"] > 0, "the sender sees how far it is"
+    freight.settle(20)
+    freight.has(content, bob)
+    assert freight.file(ana)["state"] == "here"
+    assert freight.held < 5 << 20, "of 7 MiB the relay never held more than a window"
+    assert (freight.twice(ana), freight.twice(bob)) == (0, 0)
+    freight.away(cleo)
+    freight.start(cleo)
+    freight.settle(8)
+    fetch(freight, cleo)
+    freight.settle(30)
+    freight.has(content, cleo)
+    assert freight.twice(cleo) == 0
+
+
+@pytest.mark.parametrize("how", ["sender's socket", "receiver's socket", "receiver's page", "relay"])
+def test_a_streamed_file_goes_on_where_it_broke_off(freight: Freight, how: str) -> None:
+    (ana, bob, _), content = offered(freight, 28)
+    fetch(freight, bob)
+    freight.until(lambda: len(freight.came) >= 15)
+    gone = {
+        "sender's socket": lambda: freight.cut(ana),
+        "receiver's socket": lambda: freight.cut(bob),
+        "receiver's page": lambda: freight.crash(bob),
+        "relay": freight.kill,
+    }[how]
+    gone()
+    freight.settle(50)
+    freight.has(content, bob)
+    assert freight.twice(bob) <= 1, freight.came
+    allowed = {"sender's socket": 1, "relay": 16}.get(how, 16)  # what was in the window of one who went away
+    assert freight.twice(ana) <= allowed
+
+
+def test_a_source_chosen_again_must_be_the_same(freight: Freight) -> None:
+    (ana, bob, _), content = offered(freight, 28)
+    fetch(freight, bob)
+    freight.until(lambda: len(freight.came) >= 15)
+    freight.crash(ana)
+    freight.settle(10)
+    file = freight.file(ana)
+    assert (file["state"], file["why"]) == ("failed", "source")
+    with pytest.raises(Refused, match="size"):
+        freight.do(ana, "attach", file=file["id"], source=content + b"x")
+    before = len(freight.puts)
+    changed = content[:3_000_000] + b"x" + content[3_000_001:]
+    freight.do(ana, "attach", file=file["id"], source=changed)
+    freight.settle(10)
+    assert (freight.file(ana)["state"], freight.file(ana)["why"]) == ("failed", "changed")
+    assert [n for _, n in freight.puts[before:] if n >= 3_000_000 // SEGMENT_BYTES] == []
+    freight.do(ana, "attach", file=file["id"], source=content)
+    freight.settle(30)
+    freight.has(content, bob)
+    assert freight.twice(bob) <= 1
+
+
+def test_a_transfer_rests_at_either_end_and_goes_on(freight: Freight) -> None:
+    (ana, bob, cleo), content = sent_file(freight, 14)
+    freight.until(lambda: len(freight.came) >= 6)
+    for name in (ana, bob):
+        freight.do(name, "pause", file=freight.file(name)["id"])
+        assert freight.file(name)["state"] == "paused"
+    freight.settle(15)
+    rest = freight.file(ana)["done"], freight.file(bob)["done"]
+    freight.settle(15)
+    assert (freight.file(ana)["done"], freight.file(bob)["done"]) == rest
+    assert 0 < rest[1] <= rest[0] < len(content)
+    freight.crash(bob)
+    assert freight.file(bob)["state"] == "paused"
+    for name in (ana, bob):
+        fetch(freight, name)
+    freight.settle(40)
+    freight.has(content, bob, cleo)
+    assert freight.twice(bob) <= 1
+
+
+@pytest.mark.parametrize("how", ["flipped", "dropped", "swapped", "doubled", "truncated"])
+def test_a_file_whose_chunks_were_tampered_with_is_not_shown_and_recovers(freight: Freight, how: str) -> None:
+    tampered = list[int]()
+
+    def lie(name: str, frames: list[bytes]) -> list[bytes]:
+        seen = [zsr.decode_frame(frame) for frame in frames]
+        at = [n for n, frame in enumerate(seen) if isinstance(frame, zsr.DownChunk) and frame.index == 3]
+        if name != bob or not at or len(tampered) > 1:
+            return frames
+        tampered.append(at[0])
+        chunk = seen[at[0]]
+        assert isinstance(chunk, zsr.DownChunk)
+        changed = {
+            "flipped": [replace(chunk, ct=chunk.ct[:-1] + bytes([chunk.ct[-1] ^ 1]))],
+            "dropped": [],
+            "swapped": [replace(chunk, index=4), replace(chunk, index=3, ct=bytes(len(chunk.ct)))],
+            "doubled": [replace(chunk, index=2), replace(chunk, index=3, ct=chunk.ct + chunk.ct)],
+            "truncated": [replace(chunk, ct=chunk.ct[:-1])],
+        }[how]
+        return [*frames[: at[0]], *map(zsr.encode_frame, changed), *frames[at[0] + 1 :]]
+
+    (_, bob, _), content = sent_file(freight, 9)
+    freight.tamper = lie
+    freight.until(lambda: len(tampered) == 1)
+    assert freight.file(bob)["state"] == "moving"
+    assert how == "dropped" or freight.file(bob)["why"] == "broken"
+    freight.settle(60)
+    assert len(tampered) == 2
+    freight.has(content, bob)
+
+
+def test_several_files_to_several_people_all_arrive(freight: Freight) -> None:
+    (ana, bob, cleo), _ = sent_file(freight, 3)
+    contents = [freight.dice.randbytes(400_000 + n) for n in range(6)]
+    freight.do(ana, "files", files=[{"name": f"{n}.bin", "type": "", "bytes": c} for n, c in enumerate(contents)])
+    freight.do(bob, "files", files=[{"name": "empty.bin", "type": "", "bytes": b""}])
+    freight.settle(40)
+    for name in (bob, cleo):
+        files = {m["file"]["name"]: m["file"] for m in freight.room(name)["messages"] if m["file"]}
+        assert {file["state"] for file in files.values()} == {"here"}
+        for n, content in enumerate(contents):
+            assert freight.node.call("Lab.blob", name, files[f"{n}.bin"]["id"]) == content
+
+
+def test_the_window_of_a_file_grows_on_a_long_line_and_stays_short_on_a_slow_one(clients: Node) -> None:
+    window, wait = clients.call("Lab.queue", 2, 10.5)
+    assert window <= 7
+    assert wait <= 80, "ms that what people say stands in the queue"
+    window, _ = clients.call("Lab.queue", 150, 10.5)
+    assert window == 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
