@@ -11531,6 +11531,13 @@ def trust_text(relay: Relay) -> str:
         (["--plain", "--host", "0.0.0.0"], "--plain on 0.0.0.0 would send everything unencrypted"),
         (["--plain", "--host", "example.org"], "--plain on example.org would send everything unencrypted"),
         (["--page", "/nowhere/index.html"], "page /nowhere/index.html cannot be read (No such file or directory)"),
+        (["--limit", "romms=5"], "argument --limit: 'romms=5' names no limit; is it rooms?"),
+        (["--limit", "rooms=many"], "argument --limit: 'many' is not a size"),
+        (["--limit", "file_share=2"], "argument --limit: 'file_share=2' is a share: it must be below 1"),
+        (
+            ["--trusted-proxy", "proxy.example"],
+            "argument --trusted-proxy: 'proxy.example' is not an address or network",
+        ),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--max-mem", "1G"], "unrecognized arguments: --max-mem 1G"),
     ],
@@ -11573,6 +11580,8 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
         "ZSR_MAX_MEMORY": "2G",
         "ZSR_MAX_ROOM_MEMORY": "1G",
         "ZSR_MAX_FILE": "128MiB",
+        "ZSR_LIMIT": "rooms=9,head-seconds=2m",
+        "ZSR_TRUSTED_PROXY": "127.0.0.1, 10.0.0.0/8",
         "ZSR_ALLOW_NULL_ORIGIN": "yes",
         "ZSR_PLAIN": "0",
         "ZSR_LOG_LEVEL": "DEBUG",
@@ -11586,6 +11595,8 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
     assert (limits.max_room_memory, limits.max_file) == (1 << 30, 128 << 20)
     assert (options.allow_null_origin, options.plain, options.log_level) == (True, False, "debug")
     assert not options.local_ca
+    assert (limits.rooms, limits.head_seconds) == (9, 120.0)
+    assert list(map(str, options.trusted_proxy)) == ["127.0.0.1/32", "10.0.0.0/8"]
     assert zsr.read_options([], {"ZSR_LOCAL_CA": "1"}).local_ca
     named = {action.dest for action in zsr.make_parser({})._actions} - {"help", "version"}
     assert {"ZSR_" + name.upper() for name in named} == set(environ)
@@ -13234,6 +13245,20 @@ def test_a_message_of_more_frames_than_are_taken_at_once_is_refused_whole(home: 
     desk = full_desk(home, frames_a_message=3)
     assert len(desk.say("ann", *[zsr.UpPing(1)] * 3)) == 3
     assert faults(desk.say("ann", *[zsr.UpPing(1)] * 4)) == ["bad"]
+
+
+def test_a_member_has_so_many_devices(home: House) -> None:
+    desk = full_desk(home, devices_a_member=2)
+    tabs = [new_device(home.room) for _ in range(2)]
+    added = [entry(tab, bytes([n]) * 16, sponsor=home.ben) for n, tab in enumerate(tabs, 1)]
+    spent = [used(bytes([n]) * 16, tab) for n, tab in enumerate(tabs, 1)]
+
+    def upload(count: int) -> bytes:
+        listing = next_roster(home, 2, added[:count], spent=spent[:count])
+        return commit(home.made, home.under, listing, home.ann, [*home.everyone, *tabs[:count]]).upload
+
+    assert refused(desk, "ann", zsr.UpCommit(1, upload(2))) == "too-big"
+    assert faults(desk.say("ann", zsr.UpCommit(1, upload(1)))) == []
 
 
 def test_rubbish_is_counted_like_all_else(home: House) -> None:

@@ -57,6 +57,7 @@ import base64
 import bisect
 import dataclasses
 import datetime
+import difflib
 import email.utils
 import errno
 import functools
@@ -4529,6 +4530,20 @@ def parse_network(text: str) -> Network:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address or network such as 10.0.0.0/8") from None
 
 
+def parse_limit(text: str) -> tuple[str, float]:
+    """A field of Limits and its new value, which is a size, a time or a number as the field is."""
+    name, _, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    kinds = {field.name: type(field.default) for field in fields(Limits)}
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1)
+        raise argparse.ArgumentTypeError(f"{text!r} names no limit" + (f"; is it {near[0]}?" if near else ""))
+    number = parse_size(value) if kinds[name] is int else parse_span(value)
+    if name.endswith("_share") and number >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is a share: it must be below 1")
+    return name, number
+
+
 def parse_level(text: str) -> str:
     if text.lower() not in LEVELS:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LEVELS)}")
@@ -4567,7 +4582,7 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
         description="The relay of end-to-end encrypted rooms.",
         allow_abbrev=False,
         epilog="Each option can also be set as ZSR_ and its name, such as ZSR_MAX_FILE=256M; the command line wins. "
-        "ZSR_NAME takes several names, separated by commas.",
+        "Those that may be repeated take several values there, separated by commas.",
     )
     limits = Limits()
 
@@ -4585,17 +4600,15 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
             f"--{name}", action="store_true", help=text, default=from_environment(environ, name, parse_switch, False)
         )
 
+    def several(name: str, parse: Callable[[str], object], metavar: str, text: str) -> None:
+        variable = "ZSR_" + name.upper().replace("-", "_")
+        given = [each for each in re.split(r"[,\s]+", environ.get(variable, "")) if each]
+        default = [read_value(variable, parse, each) for each in given]
+        parser.add_argument(f"--{name}", type=parse, action="append", metavar=metavar, help=text, default=default)
+
     option("host", str, None, "address to listen on (all; with --plain 127.0.0.1)")
     option("port", parse_port, 8443, "port for page and socket (8443); 0 takes a free one")
-    names = re.split(r"[,\s]+", environ.get("ZSR_NAME", ""))
-    parser.add_argument(
-        "--name",
-        type=parse_name,
-        action="append",
-        metavar="NAME",
-        default=[read_value("ZSR_NAME", parse_name, each) for each in names if each],
-        help="host name or address under which people reach this relay; may be repeated",
-    )
+    several("name", parse_name, "NAME", "host name or address under which people reach this relay; may be repeated")
     option("state-dir", Path, default_state_dir(environ), "where certificate and identity key are kept")
     option("cert", Path, None, "your own certificate chain, PEM")
     option("key", Path, None, "its key, PEM")
@@ -4605,6 +4618,10 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
     option("max-memory", parse_size, limits.max_memory, f"bytes held in all rooms ({human(limits.max_memory)})")
     option("max-room-memory", parse_size, None, f"bytes held for a room ({human(limits.max_room_memory)})")
     option("max-file", parse_size, None, f"largest file ({human(limits.max_file)})")
+    several("limit", parse_limit, "NAME=VALUE", "any other number of the room Limits in this file; may be repeated")
+    several(
+        "trusted-proxy", parse_network, "ADDRESS", "proxy whose X-Forwarded-For counts, or a network; may be repeated"
+    )
     switch("allow-null-origin", "let the page connect when opened from disk")
     switch("plain", "no TLS: on this machine only, or behind a proxy on it")
     option("log-level", parse_level, "info", f"{', '.join(LEVELS)}; none shows texts, names, keys or addresses")
@@ -4634,9 +4651,10 @@ def read_limits(options: argparse.Namespace) -> Limits:
     file = options.max_file or min(limits.max_file, most)
     if file > most:
         raise OperatorFault(f"--max-file {human(file)} does not fit a room's memory: raise --max-room-memory as well")
-    return dataclasses.replace(
+    limits = dataclasses.replace(
         limits, ttl=options.ttl, max_memory=options.max_memory, max_room_memory=room, max_file=file
     )
+    return dataclasses.replace(limits, **dict(options.limit))
 
 
 def read_options(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
@@ -4942,7 +4960,8 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
 
     async def start() -> None:
         shown = page.with_trust(trust_in(options, credentials))
-        link = Link(rooms, shown, options.limits, credentials.context, options.allow_null_origin)
+        limits, null = options.limits, options.allow_null_origin
+        link = Link(rooms, shown, limits, credentials.context, null, options.trusted_proxy)
         await serve(Upkeep(options, rooms, link, credentials), link, listeners, environ, told)
 
     asyncio.run(start())
