@@ -7035,7 +7035,8 @@ const Lab = (() => {
       begin();
       return {send: (b) => { if (line.open && !client.dead && !client.mute) client.out.push({id: line.id, bytes: b}); return line.open; },
         retry: () => { if (!line.open && !client.lines.has(line.id)) begin(); },
-        close: () => { line.closed = true; line.open = false; client.out.push({id: line.id, close: true}); }, buffered: () => 0};
+        close: () => { line.closed = true; line.open = false; client.out.push({id: line.id, close: true}); },
+        hold: () => undefined, buffered: () => 0};
     },
   });
   const start = async (name, seed) => {
@@ -13364,6 +13365,30 @@ def test_beyond_all_connections_some_are_told_why_and_others_let_go() -> None:
             assert b"this relay has as many connections as it may" in third.recv(4096)
         one.close()
         eventually(lambda: plain_get(link, "/healthz").status == 200, "there is a place again")
+
+
+@pytest.mark.relay("--limit", "connections=2", "--limit", "turned_away=9", "--limit", "busy_retry_ms=3000")
+def test_the_page_shows_a_limit_counts_down_and_recovers(people: Node, relay: Relay) -> None:
+    def connection() -> Any:
+        return people.call("People.model", "ana")["room"]["connection"]
+
+    with Caller(relay, "aaa"), Caller(relay, "aaa"):
+        people.call("People.start", "ana", relay.port)
+        people.call("People.dispatch", "ana", {"do": "create", "title": "title", "name": "ana", "own": False})
+        eventually(lambda: connection()["why"] == "busy" and connection()["retryAt"] > 0, "told, with a time")
+        assert connection()["state"] != "connected"
+    eventually(lambda: connection() == {"state": "connected", "why": "", "retryAt": 0}, "recovered by itself")
+
+
+@pytest.mark.relay("--limit", "frames_at_once=30", "--limit", "frames_a_second=15")
+def test_a_page_that_is_slowed_down_says_so_and_loses_nothing(people: Node, relay: Relay) -> None:
+    room = gather(people, relay, "ana", "bob")
+    said = [f"message {n}" for n in range(30)]
+    for text in said:
+        say(people, "ana", "send", text=text)
+    eventually(lambda: people.call("People.model", "ana")["room"]["connection"]["why"] == "busy", "told")
+    eventually(lambda: people.call("People.texts", "bob", room) == said, "all arrive", 90)
+    eventually(lambda: people.call("People.model", "ana")["room"]["connection"]["why"] == "", "and it is over")
 
 
 def test_the_memory_of_connections_counts() -> None:
