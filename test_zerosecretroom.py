@@ -11583,6 +11583,10 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
         "ZSR_MAX_FILE": "128MiB",
         "ZSR_LIMIT": "rooms=9,head-seconds=2m",
         "ZSR_TRUSTED_PROXY": "127.0.0.1, 10.0.0.0/8",
+        "ZSR_MONITOR": "192.0.2.7",
+        "ZSR_STATUS": "0",
+        "ZSR_LOG_JSON": "1",
+        "ZSR_LOG_ADDRESSES": "1",
         "ZSR_ALLOW_NULL_ORIGIN": "yes",
         "ZSR_PLAIN": "0",
         "ZSR_LOG_LEVEL": "DEBUG",
@@ -11596,6 +11600,7 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
     assert (limits.max_room_memory, limits.max_file) == (1 << 30, 128 << 20)
     assert (options.allow_null_origin, options.plain, options.log_level) == (True, False, "debug")
     assert not options.local_ca
+    assert (options.log_json, options.log_addresses, options.status) == (True, True, False)
     assert (limits.rooms, limits.head_seconds) == (9, 120.0)
     assert list(map(str, options.trusted_proxy)) == ["127.0.0.1/32", "10.0.0.0/8"]
     assert zsr.read_options([], {"ZSR_LOCAL_CA": "1"}).local_ca
@@ -13318,7 +13323,7 @@ def test_rooms_that_one_address_brings_are_counted_until_they_are_forgotten() ->
     assert enter("g", house(), "192.0.2.7") == []
 
 
-def behind(link: LinkThread, address: str, room: str = "aaa") -> Caller:
+def behind(link: Served, address: str, room: str = "aaa") -> Caller:
     """A socket that a proxy says is someone else's."""
     return Caller(link, room, additional_headers={"X-Forwarded-For": address})
 
@@ -13396,6 +13401,82 @@ def test_the_memory_of_connections_counts() -> None:
         for _ in range(4):
             raw_handshake(stack.enter_context(link.raw()))
         assert ended(stack.enter_context(link.raw()))
+
+
+# --------------------------------------------------------------------------------------------------------- being seen --
+
+
+def metrics(relay: Relay) -> dict[str, float]:
+    reply = relay.get("/metrics")
+    assert (reply.status, reply.fields["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    lines = [line for line in reply.body.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_metrics_are_counts_without_ids(relay: Relay, home: House) -> None:
+    with three(relay, home) as (ann, ben, _):
+        ann.say(envelope(home, 10_000), replace(envelope(home, 10), ch=ZERO32))
+        ann.hear(zsr.DownSent)
+        ben.hear(zsr.DownEvent)
+        assert knock(relay, "https://evil.example") == 403
+        found = metrics(relay)
+        assert (found["zsr_rooms"], found["zsr_connections"]) == (1, 4)  # the one that asks is the fourth
+        assert found["zsr_bytes_held"] > 10_000
+        assert found["zsr_deliveries_total"] >= 3
+        assert found['zsr_refusals_total{reason="stale"}'] == found['zsr_refusals_total{reason="origin"}'] == 1
+        text = relay.get("/metrics").body.decode()
+        assert re.sub(r"[a-z_]+|[{}=\"#.+\-\s]|\d{1,12}|TYPE|e", "", text) == "", "names and numbers alone"
+
+
+def test_health_and_metrics_are_told_to_this_machine_and_to_whom_the_operator_says(tmp_path: Path) -> None:
+    def asked(relay: Relay, **fields: str) -> list[int]:
+        return [relay.get(path, **fields).status for path in ("/healthz", "/metrics")]
+
+    proxied = Relay(
+        tmp_path / "proxied", "--plain", "--trusted-proxy", "127.0.0.1", "--monitor", "192.0.2.0/24"
+    ).start()
+    try:
+        assert asked(proxied) == [200, 200]
+        assert asked(proxied, X_Forwarded_For="192.0.2.9") == [200, 200]
+        assert asked(proxied, X_Forwarded_For="198.51.100.9") == [403, 403]
+    finally:
+        proxied.kill()
+    unaware = Relay(tmp_path / "unaware", "--plain").start()  # a proxy of which nobody told lets all the world in
+    try:
+        assert asked(unaware, X_Forwarded_For="198.51.100.9") == [403, 403]
+        assert asked(unaware) == [200, 200]
+    finally:
+        unaware.kill()
+
+
+def test_logs_are_json_and_name_addresses_on_request_only(tmp_path: Path) -> None:
+    limits = ("--plain", "--trusted-proxy", "127.0.0.1", "--limit", "connections_an_address=1", "--log-json")
+
+    def logged(name: str, *options: str) -> list[dict[str, str]]:
+        relay = Relay(tmp_path / name, *limits, *options).start()
+        try:
+            with behind(relay, "192.0.2.7"), behind(relay, "192.0.2.7") as second:
+                assert second.closed() == 1013
+            relay.stop()
+            return [json.loads(line) for line in relay.err.read_text().splitlines()]
+        finally:
+            relay.kill()
+
+    assert logged("silent") == []
+    [line] = logged("asked", "--log-addresses")
+    assert line["message"] == "turned away 192.0.2.7: too many connections come from your address"
+    assert line["level"] == "info"
+    assert datetime.datetime.fromisoformat(line["time"]).tzinfo
+
+
+def test_the_status_is_one_line_about_the_relay_that_runs(relay: Relay, home: House) -> None:
+    with present(relay, home.ann, home.made):
+        ended = run_relay("--status", "--host", "127.0.0.1", "--port", str(relay.port))
+    assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (0, "", 1)
+    assert re.match(r"connections 2  rooms 1  held \d\.\dM  passing 0\.0M  deliveries \d+/s  ", ended.stdout)
+    ended = run_relay("--status", "--host", "127.0.0.1", "--port", str(free_port()))
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "no relay answers at 127.0.0.1 port" in ended.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ hostile bytes --

@@ -64,8 +64,10 @@ import functools
 import gzip
 import hashlib
 import html
+import http.client
 import ipaddress
 import itertools
+import json
 import logging
 import operator
 import os
@@ -81,7 +83,7 @@ import uuid
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import (
@@ -1923,6 +1925,7 @@ class Rooms:
         self._purse = Purse()
         self._rooms: dict[bytes, Room] = {}
         self._idle: dict[bytes, Room] = {}  # without a socket, the longest so first
+        self.refusals: Counter[str] = Counter()  # by code, for the operator
         self._brought: Counter[str] = Counter()  # rooms that are here, by where they came from
         self._peers: dict[Hashable, Peer] = {}
         self._arriving: dict[Hashable, float] = {}  # not logged in yet: until when, in order
@@ -1970,6 +1973,7 @@ class Rooms:
         try:
             room = self._room_at(room_path, origin)
         except PeerFault as fault:
+            self.refusals[fault.code] += 1
             frame = encode_frame(DownFault(0, fault.code, fault.text, fault.retry_ms))
             return [Send((conn,), frame), Close(conn, CLOSE_ADDRESS, fault.code)]
         room.conns += 1
@@ -2127,6 +2131,7 @@ class Rooms:
         self._out.append(Answer((peer.conn,), encode_frame(frame)))
 
     def _tell_fault(self, peer: Peer, fault: PeerFault, ref: int = 0) -> None:
+        self.refusals[fault.code] += 1
         self._tell(peer, DownFault(ref, fault.code, fault.text, fault.retry_ms))
 
     def _frame(self, peer: Peer, data: bytes, now: float) -> None:
@@ -3316,8 +3321,6 @@ class Page:
         head_only = request.head_only
         if request.method not in ("GET", "HEAD"):
             return respond_text("405 Method Not Allowed", "only GET and HEAD are answered", Allow="GET, HEAD")
-        if request.path == "/healthz":
-            return respond_text("200 OK", "ok", head_only)
         if not request.host:
             return respond_text("400 Bad Request", "the Host field is missing or malformed", head_only)
         if request.path == "/":
@@ -3975,9 +3978,11 @@ class Conn(asyncio.Protocol):
             self._respond(self._link.page.answer(request))
         elif busy := self._link.too_many(self, request):
             self._turn_away(head, request, busy)
+        elif report := self._link.report(self, request):
+            self._respond(report)
         elif not request.wants_socket:
             self._respond(self._link.page.answer(request))
-        elif refusal := self._link.refusal(request):
+        elif refusal := self._link.refusal(self, request):
             self._respond(respond_text("403 Forbidden", refusal))
         elif self._upgrade(head):
             self.entered = True
@@ -4253,9 +4258,14 @@ class Link:
         context: ssl.SSLContext | None,
         allow_null_origin: bool = False,
         proxies: Sequence[Network] = (),
+        monitors: Sequence[Network] = (),
+        log_addresses: bool = False,
     ) -> None:
         self.page, self.limits, self.context = page, limits, context
         self._proxies = proxies  # whose word on where a connection comes from counts
+        self._monitors = monitors  # who may read /metrics and /healthz beside this machine
+        self._log_addresses = log_addresses
+        self._refusals: Counter[str] = Counter()  # of connections, by reason
         self.now = time.monotonic
         self._rooms = rooms
         self._allow_null_origin = allow_null_origin
@@ -4301,7 +4311,15 @@ class Link:
         if not is_trusted(conn.address, self._proxies):
             self._settle(conn, conn.address)
         over = max(self._beyond(), self._beyond_place(conn))
-        return room and over <= self.limits.turned_away
+        if room and over <= self.limits.turned_away:
+            return True
+        self._turned_away(conn, "connections", "not listened to")
+        return False
+
+    def _turned_away(self, conn: Conn, reason: str, text: str) -> None:
+        self._refusals[reason] += 1
+        if self._log_addresses:
+            log.info("turned away %s: %s", conn.address, text)
 
     def _settle(self, conn: Conn, address: str) -> None:
         conn.address, conn.place = address, place_of(address)
@@ -4318,12 +4336,14 @@ class Link:
         """Why this connection cannot stay, known once its head says whom a proxy sends."""
         if not conn.place and is_trusted(conn.address, self._proxies):
             self._settle(conn, forwarded_for(request.fields.get("x-forwarded-for", ""), self._proxies) or conn.address)
-        retry = self.limits.busy_retry_ms
         if self._beyond_place(conn) > 0:
-            return PeerFault("busy", "too many connections come from your address", retry)
-        if self._beyond() > 0:
-            return PeerFault("busy", "this relay has as many connections as it may", retry)
-        return None
+            text = "too many connections come from your address"
+        elif self._beyond() > 0:
+            text = "this relay has as many connections as it may"
+        else:
+            return None
+        self._turned_away(conn, "connections", text)
+        return PeerFault("busy", text, self.limits.busy_retry_ms)
 
     def lost(self, conn: Conn) -> None:
         self._conns.discard(conn)
@@ -4351,8 +4371,50 @@ class Link:
             conn.entered = False
             self._transit(None, self._rooms.leave, conn)
 
-    def refusal(self, request: HttpRequest) -> str:
+    def report(self, conn: Conn, request: HttpRequest) -> bytes | None:
+        """The answer to a request about the relay's health, which is this machine's business unless the operator says
+        whose else it is. Whoever comes through a proxy of which nobody told is not on this machine."""
+        if request.method not in ("GET", "HEAD") or request.path not in ("/healthz", "/metrics"):
+            return None
+        address = read_address(conn.address)
+        passed_on = "x-forwarded-for" in request.fields and not self._proxies
+        here = address is not None and address.is_loopback and not passed_on
+        if not here and not is_trusted(conn.address, self._monitors):
+            return respond_text(
+                "403 Forbidden", "only this machine may ask; --monitor allows others", request.head_only
+            )
+        if request.path == "/healthz":
+            return respond_text("200 OK", "ok", request.head_only)
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return respond("200 OK", {"Content-Type": kind}, self._metrics().encode(), request.head_only)
+
+    def _metrics(self) -> str:
+        """Numbers without ids, as Prometheus reads them."""
+        counts, cpu = self._rooms.counts(), time.process_time()
+        gauges = {
+            "connections": len(self._conns),
+            "rooms": counts["rooms"],
+            "bytes_held": counts["bytes"],
+            "bytes_passing": self._held,
+            "entries": counts["entries"],
+            "files": counts["files"],
+        }
+        totals = {"messages": self._messages, "deliveries": self._deliveries, "cuts": self.cuts, "cpu_seconds": cpu}
+        refusals = self._rooms.refusals + self._refusals
+        lines = [f"# TYPE zsr_{name} gauge\nzsr_{name} {value}" for name, value in gauges.items()]
+        lines += [f"# TYPE zsr_{name}_total counter\nzsr_{name}_total {value}" for name, value in totals.items()]
+        lines += ["# TYPE zsr_refusals_total counter"]
+        lines += [f'zsr_refusals_total{{reason="{reason}"}} {count}' for reason, count in sorted(refusals.items())]
+        return "\n".join(lines) + "\n"
+
+    def refusal(self, conn: Conn, request: HttpRequest) -> str:
         """Why this request opens no socket; nothing if it may."""
+        text = self._wrong_origin(request)
+        if text:
+            self._turned_away(conn, "origin", text)
+        return text
+
+    def _wrong_origin(self, request: HttpRequest) -> str:
         origin = request.fields.get("origin")
         if origin is None:  # no browser: there is no page that could be lying in wait
             return ""
@@ -4624,7 +4686,13 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
     )
     switch("allow-null-origin", "let the page connect when opened from disk")
     switch("plain", "no TLS: on this machine only, or behind a proxy on it")
-    option("log-level", parse_level, "info", f"{', '.join(LEVELS)}; none shows texts, names, keys or addresses")
+    several(
+        "monitor", parse_network, "ADDRESS", "who may read /metrics and /healthz beside this machine; may be repeated"
+    )
+    switch("status", "show what the relay that runs here with the same options does, and start none")
+    switch("log-json", "log lines as JSON")
+    switch("log-addresses", "log the addresses of those who are turned away")
+    option("log-level", parse_level, "info", f"{', '.join(LEVELS)}; none shows texts, names or keys")
     parser.add_argument("--version", action="version", version=f"zerosecretroom {VERSION}")
     return parser
 
@@ -4961,17 +5029,92 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     async def start() -> None:
         shown = page.with_trust(trust_in(options, credentials))
         limits, null = options.limits, options.allow_null_origin
-        link = Link(rooms, shown, limits, credentials.context, null, options.trusted_proxy)
+        asked = (options.trusted_proxy, options.monitor, options.log_addresses)
+        link = Link(rooms, shown, limits, credentials.context, null, *asked)
         await serve(Upkeep(options, rooms, link, credentials), link, listeners, environ, told)
 
     asyncio.run(start())
 
 
+# ── being watched ────────────────────────────────────────────────────────────────────────────────────────────────────
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        said = {"time": at.isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
+        return json.dumps({**said, "message": record.getMessage()})
+
+
+def begin_log(options: argparse.Namespace) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if options.log_json else logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
+
+
+def read_metrics(options: argparse.Namespace) -> dict[str, float]:
+    """What the relay on this machine counts; refusals are added up. Raises OperatorFault where none answers."""
+    host = "127.0.0.1" if options.host == ANYWHERE else options.host
+    # whose certificate it is does not matter: nothing is told to it, and it is on this machine
+    asked: http.client.HTTPConnection = (
+        http.client.HTTPConnection(host, options.port, timeout=5)
+        if options.plain
+        else http.client.HTTPSConnection(host, options.port, timeout=5, context=ssl._create_unverified_context())
+    )
+    found: dict[str, float] = {}
+    try:
+        with closing(asked):
+            asked.request("GET", "/metrics")
+            for line in asked.getresponse().read().decode().splitlines():
+                name, _, value = line.rpartition(" ")
+                name = name.partition("{")[0].removeprefix("zsr_")
+                if not line.startswith("#"):
+                    found[name] = found.get(name, 0.0) + float(value)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OperatorFault(f"no relay answers at {host} port {options.port} ({error}): give its --port") from None
+    return found
+
+
+def status_line(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> str:
+    """The present numbers, and what happened a second since those before."""
+
+    def pace(name: str) -> float:
+        return (after[name] - before[name]) / seconds
+
+    return (
+        f"connections {after['connections']:.0f}  rooms {after['rooms']:.0f}  "
+        f"held {after['bytes_held'] / (1 << 20):.1f}M  passing {after['bytes_passing'] / (1 << 20):.1f}M  "
+        f"deliveries {pace('deliveries_total'):.0f}/s  refusals {after.get('refusals_total', 0):.0f}  "
+        f"CPU {pace('cpu_seconds_total'):.0%}"
+    )
+
+
+def show_status(options: argparse.Namespace) -> None:
+    """One line, renewed each second on a terminal and else printed once."""
+    live, before, at = sys.stdout.isatty(), read_metrics(options), time.monotonic()
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+            after, now = read_metrics(options), time.monotonic()
+            print(
+                ("\r\033[K" if live else "") + status_line(before, after, now - at),
+                end="" if live else "\n",
+                flush=True,
+            )
+            before, at = after, now
+            if not live:
+                return
+    print()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = read_options(argv, os.environ)
-        logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
-        run(options, os.environ)
+        begin_log(options)
+        if options.status:
+            show_status(options)
+        else:
+            run(options, os.environ)
     except OperatorFault as fault:
         print(f"zerosecretroom: {fault}", file=sys.stderr)
         return 2
