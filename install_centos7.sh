@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=6029de3ce3c354887c6b29019a179481875a8f148f2ea4c0b79040453d56643d
-  SHA256_PAGE=a4cae248655d04cec57421eb2e2ab59f5a2a9e589b96933eb556a1262aa297b2
+  SHA256_PROGRAM=9bc25f5bd145ddabb23fce574729f7531bd08817b0a1eae8092fa854319ebaf2
+  SHA256_PAGE=1924fc873acdfed977a936292de9ec3c74f5f2201d7f2911905c6372b41f1a2c
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

@@ -7154,7 +7154,8 @@ const Lab = (() => {
       begin();
       return {send: (b) => { if (line.open && !client.dead && !client.mute) client.out.push({id: line.id, bytes: b}); return line.open; },
         retry: () => { if (!line.open && !client.lines.has(line.id)) begin(); },
-        close: () => { line.closed = true; line.open = false; client.out.push({id: line.id, close: true}); }, buffered: () => 0};
+        close: () => { line.closed = true; line.open = false; client.out.push({id: line.id, close: true}); },
+        hold: () => undefined, buffered: () => 0};
     },
   });
   const start = async (name, seed) => {
@@ -12325,6 +12326,13 @@ def trust_text(relay: Relay) -> str:
         (["--plain", "--host", "0.0.0.0"], "--plain on 0.0.0.0 would send everything unencrypted"),
         (["--plain", "--host", "example.org"], "--plain on example.org would send everything unencrypted"),
         (["--page", "/nowhere/index.html"], "page /nowhere/index.html cannot be read (No such file or directory)"),
+        (["--limit", "romms=5"], "argument --limit: 'romms=5' names no limit; is it rooms?"),
+        (["--limit", "rooms=many"], "argument --limit: 'many' is not a size"),
+        (["--limit", "file_share=2"], "argument --limit: 'file_share=2' is a share: it must be below 1"),
+        (
+            ["--trusted-proxy", "proxy.example"],
+            "argument --trusted-proxy: 'proxy.example' is not an address or network",
+        ),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--max-mem", "1G"], "unrecognized arguments: --max-mem 1G"),
     ],
@@ -12367,6 +12375,12 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
         "ZSR_MAX_MEMORY": "2G",
         "ZSR_MAX_ROOM_MEMORY": "1G",
         "ZSR_MAX_FILE": "128MiB",
+        "ZSR_LIMIT": "rooms=9,head-seconds=2m",
+        "ZSR_TRUSTED_PROXY": "127.0.0.1, 10.0.0.0/8",
+        "ZSR_MONITOR": "192.0.2.7",
+        "ZSR_STATUS": "0",
+        "ZSR_LOG_JSON": "1",
+        "ZSR_LOG_ADDRESSES": "1",
         "ZSR_ALLOW_NULL_ORIGIN": "yes",
         "ZSR_PLAIN": "0",
         "ZSR_LOG_LEVEL": "DEBUG",
@@ -12380,6 +12394,9 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
     assert (limits.max_room_memory, limits.max_file) == (1 << 30, 128 << 20)
     assert (options.allow_null_origin, options.plain, options.log_level) == (True, False, "debug")
     assert not options.local_ca
+    assert (options.log_json, options.log_addresses, options.status) == (True, True, False)
+    assert (limits.rooms, limits.head_seconds) == (9, 120.0)
+    assert list(map(str, options.trusted_proxy)) == ["127.0.0.1/32", "10.0.0.0/8"]
     assert zsr.read_options([], {"ZSR_LOCAL_CA": "1"}).local_ca
     named = {action.dest for action in zsr.make_parser({})._actions} - {"help", "version"}
     assert {"ZSR_" + name.upper() for name in named} == set(environ)
@@ -14030,6 +14047,20 @@ def test_a_message_of_more_frames_than_are_taken_at_once_is_refused_whole(home: 
     assert faults(desk.say("ann", *[zsr.UpPing(1)] * 4)) == ["bad"]
 
 
+def test_a_member_has_so_many_devices(home: House) -> None:
+    desk = full_desk(home, devices_a_member=2)
+    tabs = [new_device(home.room) for _ in range(2)]
+    added = [entry(tab, bytes([n]) * 16, sponsor=home.ben) for n, tab in enumerate(tabs, 1)]
+    spent = [used(bytes([n]) * 16, tab) for n, tab in enumerate(tabs, 1)]
+
+    def upload(count: int) -> bytes:
+        listing = next_roster(home, 2, added[:count], spent=spent[:count])
+        return commit(home.made, home.under, listing, home.ann, [*home.everyone, *tabs[:count]]).upload
+
+    assert refused(desk, "ann", zsr.UpCommit(1, upload(2))) == "too-big"
+    assert faults(desk.say("ann", zsr.UpCommit(1, upload(1)))) == []
+
+
 def test_rubbish_is_counted_like_all_else(home: House) -> None:
     desk = full_desk(home, frames_at_once=5, frames_a_second=1)
     told = [faults(desk.told(desk.rooms.handle("ann", b"", desk.now))) for _ in range(3)]
@@ -14086,7 +14117,7 @@ def test_rooms_that_one_address_brings_are_counted_until_they_are_forgotten() ->
     assert enter("g", house(), "192.0.2.7") == []
 
 
-def behind(link: LinkThread, address: str, room: str = "aaa") -> Caller:
+def behind(link: Served, address: str, room: str = "aaa") -> Caller:
     """A socket that a proxy says is someone else's."""
     return Caller(link, room, additional_headers={"X-Forwarded-For": address})
 
@@ -14135,11 +14166,111 @@ def test_beyond_all_connections_some_are_told_why_and_others_let_go() -> None:
         eventually(lambda: plain_get(link, "/healthz").status == 200, "there is a place again")
 
 
+@pytest.mark.relay("--limit", "connections=2", "--limit", "turned_away=9", "--limit", "busy_retry_ms=3000")
+def test_the_page_shows_a_limit_counts_down_and_recovers(people: Node, relay: Relay) -> None:
+    def connection() -> Any:
+        return people.call("People.model", "ana")["room"]["connection"]
+
+    with Caller(relay, "aaa"), Caller(relay, "aaa"):
+        people.call("People.start", "ana", relay.port)
+        people.call("People.dispatch", "ana", {"do": "create", "title": "title", "name": "ana", "own": False})
+        eventually(lambda: connection()["why"] == "busy" and connection()["retryAt"] > 0, "told, with a time")
+        assert connection()["state"] != "connected"
+    eventually(lambda: connection() == {"state": "connected", "why": "", "retryAt": 0}, "recovered by itself")
+
+
+@pytest.mark.relay("--limit", "frames_at_once=30", "--limit", "frames_a_second=15")
+def test_a_page_that_is_slowed_down_says_so_and_loses_nothing(people: Node, relay: Relay) -> None:
+    room = gather(people, relay, "ana", "bob")
+    said = [f"message {n}" for n in range(30)]
+    for text in said:
+        say(people, "ana", "send", text=text)
+    eventually(lambda: people.call("People.model", "ana")["room"]["connection"]["why"] == "busy", "told")
+    eventually(lambda: people.call("People.texts", "bob", room) == said, "all arrive", 90)
+    eventually(lambda: people.call("People.model", "ana")["room"]["connection"]["why"] == "", "and it is over")
+
+
 def test_the_memory_of_connections_counts() -> None:
     with LinkThread(max_memory=400_000) as link, contextlib.ExitStack() as stack:
         for _ in range(4):
             raw_handshake(stack.enter_context(link.raw()))
         assert ended(stack.enter_context(link.raw()))
+
+
+# --------------------------------------------------------------------------------------------------------- being seen --
+
+
+def metrics(relay: Relay) -> dict[str, float]:
+    reply = relay.get("/metrics")
+    assert (reply.status, reply.fields["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    lines = [line for line in reply.body.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_metrics_are_counts_without_ids(relay: Relay, home: House) -> None:
+    with three(relay, home) as (ann, ben, _):
+        ann.say(envelope(home, 10_000), replace(envelope(home, 10), ch=ZERO32))
+        ann.hear(zsr.DownSent)
+        ben.hear(zsr.DownEvent)
+        assert knock(relay, "https://evil.example") == 403
+        found = metrics(relay)
+        assert (found["zsr_rooms"], found["zsr_connections"]) == (1, 4)  # the one that asks is the fourth
+        assert found["zsr_bytes_held"] > 10_000
+        assert found["zsr_deliveries_total"] >= 3
+        assert found['zsr_refusals_total{reason="stale"}'] == found['zsr_refusals_total{reason="origin"}'] == 1
+        text = relay.get("/metrics").body.decode()
+        assert re.sub(r"[a-z_]+|[{}=\"#.+\-\s]|\d{1,12}|TYPE|e", "", text) == "", "names and numbers alone"
+
+
+def test_health_and_metrics_are_told_to_this_machine_and_to_whom_the_operator_says(tmp_path: Path) -> None:
+    def asked(relay: Relay, **fields: str) -> list[int]:
+        return [relay.get(path, **fields).status for path in ("/healthz", "/metrics")]
+
+    proxied = Relay(
+        tmp_path / "proxied", "--plain", "--trusted-proxy", "127.0.0.1", "--monitor", "192.0.2.0/24"
+    ).start()
+    try:
+        assert asked(proxied) == [200, 200]
+        assert asked(proxied, X_Forwarded_For="192.0.2.9") == [200, 200]
+        assert asked(proxied, X_Forwarded_For="198.51.100.9") == [403, 403]
+    finally:
+        proxied.kill()
+    unaware = Relay(tmp_path / "unaware", "--plain").start()  # a proxy of which nobody told lets all the world in
+    try:
+        assert asked(unaware, X_Forwarded_For="198.51.100.9") == [403, 403]
+        assert asked(unaware) == [200, 200]
+    finally:
+        unaware.kill()
+
+
+def test_logs_are_json_and_name_addresses_on_request_only(tmp_path: Path) -> None:
+    limits = ("--plain", "--trusted-proxy", "127.0.0.1", "--limit", "connections_an_address=1", "--log-json")
+
+    def logged(name: str, *options: str) -> list[dict[str, str]]:
+        relay = Relay(tmp_path / name, *limits, *options).start()
+        try:
+            with behind(relay, "192.0.2.7"), behind(relay, "192.0.2.7") as second:
+                assert second.closed() == 1013
+            relay.stop()
+            return [json.loads(line) for line in relay.err.read_text().splitlines()]
+        finally:
+            relay.kill()
+
+    assert logged("silent") == []
+    [line] = logged("asked", "--log-addresses")
+    assert line["message"] == "turned away 192.0.2.7: too many connections come from your address"
+    assert line["level"] == "info"
+    assert datetime.datetime.fromisoformat(line["time"]).tzinfo
+
+
+def test_the_status_is_one_line_about_the_relay_that_runs(relay: Relay, home: House) -> None:
+    with present(relay, home.ann, home.made):
+        ended = run_relay("--status", "--host", "127.0.0.1", "--port", str(relay.port))
+    assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (0, "", 1)
+    assert re.match(r"connections 2  rooms 1  held \d\.\dM  passing 0\.0M  deliveries \d+/s  ", ended.stdout)
+    ended = run_relay("--status", "--host", "127.0.0.1", "--port", str(free_port()))
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "no relay answers at 127.0.0.1 port" in ended.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ hostile bytes --
@@ -14202,6 +14333,268 @@ def is_over(raw: socket.socket) -> bool:
         return False
     except ConnectionError:
         return True
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many Python functions are entered, a measure of work that no other process disturbs."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def member_frames(home: House) -> list[bytes]:
+    """One of each frame that a member sends, most of them good."""
+    shown, ch = leaf(fresh_leaf(home.ann)), home.made.ch
+    frames: list[Any] = [
+        zsr.UpNonce(bytes(32)), zsr.UpFetch(b"i" * 16), zsr.UpPing(7), zsr.UpHead(), hello(home.made, leaves=[shown]),
+        post(home), zsr.UpLive(2, 1, ch, b"live"), zsr.UpAck(RUN, 1), zsr.UpDack((1, 2, 3)), zsr.UpLeaf(shown),
+        zsr.UpDirect(3, home.cat.dev, ch, 1, b"direct"), zsr.UpWelcome(4, home.ben.dev, b"welcome"),
+        zsr.UpInvite(5, invite(home.ann, b"i" * 16)), zsr.UpRequest(request(home.ann, 4, bytes(32))), put(0, 2),
+        zsr.UpGet(home.ann.dev, b"f" * 16, 0, 9), zsr.UpGot(home.ann.dev, b"f" * 16), zsr.UpDrop(b"f" * 16),
+        zsr.UpRefuse(home.ben.dev, 1), *hostile_frames(home),
+    ]  # fmt: skip
+    return [zsr.encode_frame(frame) for frame in frames]
+
+
+MEMBER_FRAMES = member_frames(SHARED)
+
+
+@st.composite
+def bent(draw: st.DrawFn) -> bytes:
+    """A frame of a member, with a piece of it replaced, left out or doubled."""
+    data = draw(st.sampled_from(MEMBER_FRAMES))
+    start = draw(st.integers(0, len(data)))
+    stop = min(len(data), start + draw(st.integers(0, 8)))
+    filling = draw(st.one_of(st.binary(max_size=8), st.just(data[start : start + 64]), st.just(b"\xff" * 8)))
+    return data[:start] + filling + data[stop:]
+
+
+@settings(max_examples=400, deadline=None)
+@given(bent())
+def test_a_bent_frame_is_read_as_what_it_spells_or_refused_within_its_size(data: bytes) -> None:
+    read: list[Any] = []
+
+    def work() -> None:
+        with contextlib.suppress(zsr.Bad):
+            read.append(zsr.decode_frame(data))
+
+    assert calls_of(work) < 60 + 8 * len(data)
+    assert [zsr.encode_frame(frame) for frame in read] in ([], [data]), "there is one spelling"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(bent(), min_size=1, max_size=4))
+def test_whatever_members_send_what_is_refused_changes_nothing_and_what_is_held_is_counted(sent: list[bytes]) -> None:
+    desk = full_desk(SHARED, max_room_memory=60_000, directs=2, files=1, invites=2, requests=2)
+    for data in sent:
+        before = snapshot(desk)
+        told = desk.told(desk.rooms.handle("ann", zsr.V(data), desk.now))
+        if faults(told) and not any(isinstance(frame, zsr.Close) for _, frame in told):
+            assert snapshot(desk) == before
+        assert desk.room.used == counted(desk.room) == desk.rooms._purse.used <= desk.limits.max_room_memory
+
+
+def test_a_member_that_never_acknowledges_holds_nothing_back_for_long(home: House) -> None:
+    desk = full_desk(home, max_room_memory=60_000)
+    answers: list[list[str]] = []
+    for _ in range(200):
+        desk.now += 1.0
+        answers.append([code for code in faults(desk.say("ann", post(home, ct=bytes(500)))) if code != "full"])
+        for name in ("ann", "ben"):
+            desk.say(name, zsr.UpAck(RUN, desk.room.next - 1), zsr.UpAck(RUN, zsr.MAX_UINT))
+    assert answers == [[]] * 200
+    assert desk.room.used <= 60_000
+
+
+SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET http://evil.example/ HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"GET //evil.example/ HTTP/1.1\r\nHost: a\r\n\r\n", b"404"),
+        (b"GET /..%2f..%2fetc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", b"404"),
+        (b"GET /%2e%2e/zerosecretroom.py HTTP/1.1\r\nHost: a\r\n\r\n", b"404"),
+        (b"GET /index.html\0.png HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"GET /trust\x20HTTP/1.1\r\nX: HTTP/1.1\r\nHost: a\r\n\r\n", b"200"),
+        (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX\0: b\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: a\nInjected: b\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n" + SMUGGLED, b"200"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n" + SMUGGLED, b"405"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 3000, b"431"),
+        (b"GET /ws/aaa HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: short\r\n\r\n", b"400"),
+        (b"GET /ws/aaa HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 8\r\n"
+         b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n", b"400"),
+    ],
+)  # fmt: skip
+def test_tricks_with_paths_and_fields_get_one_plain_answer(lasting_relay: Relay, head: bytes, status: bytes) -> None:
+    context = lasting_relay.trust()
+    assert context
+    with tls_socket(lasting_relay, context) as tls:
+        with contextlib.suppress(ConnectionError):
+            tls.sendall(head)
+        answer = b"".join(iter(lambda: tls.recv(65536), b""))
+    assert answer.split()[1] == status
+    assert len(re.findall(rb"HTTP/1\.1 \d{3} ", answer)) == 1, "what follows a head is no second request"
+    assert b"root:x:" not in answer
+    assert b"Injected" not in answer
+
+
+@pytest.mark.relay("--limit", "head_seconds=1", "--limit", "login_timeout=1", "--limit", "close_seconds=1")
+def test_whoever_drips_is_let_go_in_every_phase(relay: Relay) -> None:
+    context = relay.trust()
+    assert context
+    hello_of_tls = client_hello()
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", relay.port), PATIENCE))
+
+        in_tls, in_head, silent_one = opened(), opened(), opened()
+        late = stack.enter_context(Caller(relay, "aaa"))
+        greeted = stack.enter_context(Caller(relay, "aaa"))
+        greeted.say(zsr.UpNonce(bytes(32)))
+        greeted.hear(zsr.DownRelay)
+        tls = stack.enter_context(context.wrap_socket(in_head, server_hostname="127.0.0.1"))
+        end = time.monotonic() + 30
+        while time.monotonic() < end and hello_of_tls:
+            try:
+                in_tls.sendall(hello_of_tls[:1])
+                tls.sendall(b"G")
+            except OSError:
+                break
+            hello_of_tls = hello_of_tls[1:]
+            time.sleep(0.2)  # the pace of the one who drips; the relay's clock decides when that is over
+        assert ended(in_tls)
+        assert ended(silent_one)
+        assert late.closed() == greeted.closed() == 4001
+        eventually(lambda: metrics(relay)["zsr_connections"] == 1, "all gone but who asks")
+
+
+def client_hello() -> bytes:
+    """The first bytes of a TLS client."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+def test_junk_logins_leave_nothing_behind(relay: Relay) -> None:
+    """Right frames with wrong keys, rooms, nonces and signatures; each costs its sender a connection."""
+    eve, room = new_device(bytes(32)), zsr.b64u(bytes(32))
+
+    def junk(n: int) -> int:
+        with Caller(relay, room) as caller:
+            caller.say(zsr.UpNonce(os.urandom(32)))
+            said = caller.hear(zsr.DownRelay)
+            frame = login(eve, said.m, "127.0.0.1")
+            wrong = [
+                replace(frame, sig=os.urandom(64)),
+                replace(frame, sigpub=os.urandom(65)),
+                replace(frame, m=os.urandom(300)),
+            ]
+            caller.say(wrong[n % 3])
+            return caller.closed()
+
+    junk(0)
+    before = relay.rss()
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(junk, range(300)))
+    assert set(codes) == {4001}
+    eventually(lambda: metrics(relay)["zsr_connections"] == 1, "nobody stays")
+    found = metrics(relay)
+    assert (found["zsr_rooms"], found["zsr_entries"]) == (0, 0)
+    assert found["zsr_bytes_held"] <= zsr.Limits().conn_bytes
+    assert relay.rss() - before < 20 << 20
+    assert relay.err.read_text() == ""
+
+
+ABOVE = 128 << 20  # bytes that the process may take beyond --max-memory, as README says
+
+
+def test_under_a_mixture_of_floods_the_process_stays_within_its_memory(tmp_path: Path) -> None:
+    """Strangers that never end a message, members that fill rooms, who read nothing, and hold files."""
+    relay = Relay(
+        tmp_path, "--max-memory", "64M", "--limit", "bytes_a_second=1G", "--limit", "bytes_at_once=1G"
+    ).start()
+    highest = 0
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                caller = stack.enter_context(Caller(relay, "aaa"))
+                with contextlib.suppress(OSError, ConnectionClosed):
+                    caller.socket.send([bytes(3 << 20)])
+            for _ in range(4):
+                full = house()
+                ann = stack.enter_context(present(relay, full.ann, full.made))
+                stack.enter_context(slow_caller(relay, full.ben))
+                with contextlib.suppress(ConnectionClosed, TimeoutError):
+                    for ref in range(160):
+                        ann.say(envelope(full, 200_000, ref))
+                    for index in range(40):
+                        ann.say(zsr.UpPut(1000 + index, b"f" * 16, index, 60, bytes(262_144)))
+                    ann.say(zsr.UpPing(99))
+                    ann.hear(zsr.DownPong)
+                highest = max(highest, relay.rss())
+            assert metrics(relay)["zsr_bytes_held"] <= 64 << 20
+        assert highest < (64 << 20) + ABOVE
+        assert highest > 40 << 20, "there was something to be held"
+    finally:
+        relay.kill()
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("target", ["wire", "rooms"])
+def test_atheris_finds_nothing_but_faults(target: str) -> None:
+    """Coverage-guided: `pip install atheris`, then `-m fuzz`; ZSR_FUZZ_RUNS says how many inputs."""
+    pytest.importorskip("atheris")
+    runs = os.environ.get("ZSR_FUZZ_RUNS", "200000")
+    command = [sys.executable, "-c", FUZZ, target, f"-runs={runs}", "-max_len=2000", "-seed=1"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=3600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert f"Done {runs}" in ended.stderr
+
+
+FUZZ = textwrap.dedent("""
+    import sys
+    import atheris
+
+    with atheris.instrument_imports(include=["zerosecretroom"]):
+        import zerosecretroom as zsr
+    import test_zerosecretroom as tests
+
+    def wire(data):
+        try:
+            assert zsr.encode_frame(zsr.decode_frame(data)) == data
+        except zsr.Bad:
+            pass
+
+    def rooms(data):
+        place = data[0] % len(tests.MEMBER_FRAMES) if data else 0
+        bent = tests.MEMBER_FRAMES[place][: data[1] if len(data) > 1 else 0] + data[2:]
+        desk = tests.full_desk(tests.SHARED, max_room_memory=60_000)
+        desk.rooms.handle("ann", zsr.V(bent), desk.now)
+        assert desk.room.used == tests.counted(desk.room) == desk.rooms._purse.used <= 60_000
+
+    target = {"wire": wire, "rooms": rooms}[sys.argv.pop(1)]
+    atheris.Setup(sys.argv, target)
+    atheris.Fuzz()
+""")
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

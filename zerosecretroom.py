@@ -57,14 +57,17 @@ import base64
 import bisect
 import dataclasses
 import datetime
+import difflib
 import email.utils
 import errno
 import functools
 import gzip
 import hashlib
 import html
+import http.client
 import ipaddress
 import itertools
+import json
 import logging
 import operator
 import os
@@ -80,7 +83,7 @@ import uuid
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import (
@@ -1951,6 +1954,7 @@ class Rooms:
         self._purse = Purse()
         self._rooms: dict[bytes, Room] = {}
         self._idle: dict[bytes, Room] = {}  # without a socket, the longest so first
+        self.refusals: Counter[str] = Counter()  # by code, for the operator
         self._brought: Counter[str] = Counter()  # rooms that are here, by where they came from
         self._peers: dict[Hashable, Peer] = {}
         self._arriving: dict[Hashable, float] = {}  # not logged in yet: until when, in order
@@ -1998,6 +2002,7 @@ class Rooms:
         try:
             room = self._room_at(room_path, origin)
         except PeerFault as fault:
+            self.refusals[fault.code] += 1
             frame = encode_frame(DownFault(0, fault.code, fault.text, fault.retry_ms))
             return [Send((conn,), frame), Close(conn, CLOSE_ADDRESS, fault.code)]
         room.conns += 1
@@ -2156,6 +2161,7 @@ class Rooms:
         self._out.append(Answer((peer.conn,), encode_frame(frame)))
 
     def _tell_fault(self, peer: Peer, fault: PeerFault, ref: int = 0) -> None:
+        self.refusals[fault.code] += 1
         self._tell(peer, DownFault(ref, fault.code, fault.text, fault.retry_ms))
 
     def _frame(self, peer: Peer, data: bytes, now: float) -> None:
@@ -3390,8 +3396,6 @@ class Page:
         head_only = request.head_only
         if request.method not in ("GET", "HEAD"):
             return respond_text("405 Method Not Allowed", "only GET and HEAD are answered", Allow="GET, HEAD")
-        if request.path == "/healthz":
-            return respond_text("200 OK", "ok", head_only)
         if not request.host:
             return respond_text("400 Bad Request", "the Host field is missing or malformed", head_only)
         if request.path == "/":
@@ -4059,9 +4063,11 @@ class Conn(asyncio.Protocol):
             self._respond(self._link.page.answer(request))
         elif busy := self._link.too_many(self, request):
             self._turn_away(head, request, busy)
+        elif report := self._link.report(self, request):
+            self._respond(report)
         elif not request.wants_socket:
             self._respond(self._link.page.answer(request))
-        elif refusal := self._link.refusal(request):
+        elif refusal := self._link.refusal(self, request):
             self._respond(respond_text("403 Forbidden", refusal))
         elif self._upgrade(head):
             self.entered = True
@@ -4345,9 +4351,14 @@ class Link:
         context: ssl.SSLContext | None,
         allow_null_origin: bool = False,
         proxies: Sequence[Network] = (),
+        monitors: Sequence[Network] = (),
+        log_addresses: bool = False,
     ) -> None:
         self.page, self.limits, self.context = page, limits, context
         self._proxies = proxies  # whose word on where a connection comes from counts
+        self._monitors = monitors  # who may read /metrics and /healthz beside this machine
+        self._log_addresses = log_addresses
+        self._refusals: Counter[str] = Counter()  # of connections, by reason
         self.now = time.monotonic
         self._rooms = rooms
         self._allow_null_origin = allow_null_origin
@@ -4393,7 +4404,15 @@ class Link:
         if not is_trusted(conn.address, self._proxies):
             self._settle(conn, conn.address)
         over = max(self._beyond(), self._beyond_place(conn))
-        return room and over <= self.limits.turned_away
+        if room and over <= self.limits.turned_away:
+            return True
+        self._turned_away(conn, "connections", "not listened to")
+        return False
+
+    def _turned_away(self, conn: Conn, reason: str, text: str) -> None:
+        self._refusals[reason] += 1
+        if self._log_addresses:
+            log.info("turned away %s: %s", conn.address, text)
 
     def _settle(self, conn: Conn, address: str) -> None:
         conn.address, conn.place = address, place_of(address)
@@ -4410,12 +4429,14 @@ class Link:
         """Why this connection cannot stay, known once its head says whom a proxy sends."""
         if not conn.place and is_trusted(conn.address, self._proxies):
             self._settle(conn, forwarded_for(request.fields.get("x-forwarded-for", ""), self._proxies) or conn.address)
-        retry = self.limits.busy_retry_ms
         if self._beyond_place(conn) > 0:
-            return PeerFault("busy", "too many connections come from your address", retry)
-        if self._beyond() > 0:
-            return PeerFault("busy", "this relay has as many connections as it may", retry)
-        return None
+            text = "too many connections come from your address"
+        elif self._beyond() > 0:
+            text = "this relay has as many connections as it may"
+        else:
+            return None
+        self._turned_away(conn, "connections", text)
+        return PeerFault("busy", text, self.limits.busy_retry_ms)
 
     def lost(self, conn: Conn) -> None:
         self._conns.discard(conn)
@@ -4443,8 +4464,50 @@ class Link:
             conn.entered = False
             self._transit(None, self._rooms.leave, conn)
 
-    def refusal(self, request: HttpRequest) -> str:
+    def report(self, conn: Conn, request: HttpRequest) -> bytes | None:
+        """The answer to a request about the relay's health, which is this machine's business unless the operator says
+        whose else it is. Whoever comes through a proxy of which nobody told is not on this machine."""
+        if request.method not in ("GET", "HEAD") or request.path not in ("/healthz", "/metrics"):
+            return None
+        address = read_address(conn.address)
+        passed_on = "x-forwarded-for" in request.fields and not self._proxies
+        here = address is not None and address.is_loopback and not passed_on
+        if not here and not is_trusted(conn.address, self._monitors):
+            return respond_text(
+                "403 Forbidden", "only this machine may ask; --monitor allows others", request.head_only
+            )
+        if request.path == "/healthz":
+            return respond_text("200 OK", "ok", request.head_only)
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return respond("200 OK", {"Content-Type": kind}, self._metrics().encode(), request.head_only)
+
+    def _metrics(self) -> str:
+        """Numbers without ids, as Prometheus reads them."""
+        counts, cpu = self._rooms.counts(), time.process_time()
+        gauges = {
+            "connections": len(self._conns),
+            "rooms": counts["rooms"],
+            "bytes_held": counts["bytes"],
+            "bytes_passing": self._held,
+            "entries": counts["entries"],
+            "files": counts["files"],
+        }
+        totals = {"messages": self._messages, "deliveries": self._deliveries, "cuts": self.cuts, "cpu_seconds": cpu}
+        refusals = self._rooms.refusals + self._refusals
+        lines = [f"# TYPE zsr_{name} gauge\nzsr_{name} {value}" for name, value in gauges.items()]
+        lines += [f"# TYPE zsr_{name}_total counter\nzsr_{name}_total {value}" for name, value in totals.items()]
+        lines += ["# TYPE zsr_refusals_total counter"]
+        lines += [f'zsr_refusals_total{{reason="{reason}"}} {count}' for reason, count in sorted(refusals.items())]
+        return "\n".join(lines) + "\n"
+
+    def refusal(self, conn: Conn, request: HttpRequest) -> str:
         """Why this request opens no socket; nothing if it may."""
+        text = self._wrong_origin(request)
+        if text:
+            self._turned_away(conn, "origin", text)
+        return text
+
+    def _wrong_origin(self, request: HttpRequest) -> str:
         origin = request.fields.get("origin")
         if origin is None:  # no browser: there is no page that could be lying in wait
             return ""
@@ -4632,6 +4695,20 @@ def parse_network(text: str) -> Network:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address or network such as 10.0.0.0/8") from None
 
 
+def parse_limit(text: str) -> tuple[str, float]:
+    """A field of Limits and its new value, which is a size, a time or a number as the field is."""
+    name, _, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    kinds = {field.name: type(field.default) for field in fields(Limits)}
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1)
+        raise argparse.ArgumentTypeError(f"{text!r} names no limit" + (f"; is it {near[0]}?" if near else ""))
+    number = parse_size(value) if kinds[name] is int else parse_span(value)
+    if name.endswith("_share") and number >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is a share: it must be below 1")
+    return name, number
+
+
 def parse_level(text: str) -> str:
     if text.lower() not in LEVELS:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LEVELS)}")
@@ -4670,7 +4747,7 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
         description="The relay of end-to-end encrypted rooms.",
         allow_abbrev=False,
         epilog="Each option can also be set as ZSR_ and its name, such as ZSR_MAX_FILE=256M; the command line wins. "
-        "ZSR_NAME takes several names, separated by commas.",
+        "Those that may be repeated take several values there, separated by commas.",
     )
     limits = Limits()
 
@@ -4688,17 +4765,15 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
             f"--{name}", action="store_true", help=text, default=from_environment(environ, name, parse_switch, False)
         )
 
+    def several(name: str, parse: Callable[[str], object], metavar: str, text: str) -> None:
+        variable = "ZSR_" + name.upper().replace("-", "_")
+        given = [each for each in re.split(r"[,\s]+", environ.get(variable, "")) if each]
+        default = [read_value(variable, parse, each) for each in given]
+        parser.add_argument(f"--{name}", type=parse, action="append", metavar=metavar, help=text, default=default)
+
     option("host", str, None, "address to listen on (all; with --plain 127.0.0.1)")
     option("port", parse_port, 8443, "port for page and socket (8443); 0 takes a free one")
-    names = re.split(r"[,\s]+", environ.get("ZSR_NAME", ""))
-    parser.add_argument(
-        "--name",
-        type=parse_name,
-        action="append",
-        metavar="NAME",
-        default=[read_value("ZSR_NAME", parse_name, each) for each in names if each],
-        help="host name or address under which people reach this relay; may be repeated",
-    )
+    several("name", parse_name, "NAME", "host name or address under which people reach this relay; may be repeated")
     option("state-dir", Path, default_state_dir(environ), "where certificate and identity key are kept")
     option("cert", Path, None, "your own certificate chain, PEM")
     option("key", Path, None, "its key, PEM")
@@ -4708,9 +4783,19 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
     option("max-memory", parse_size, limits.max_memory, f"bytes held in all rooms ({human(limits.max_memory)})")
     option("max-room-memory", parse_size, None, f"bytes held for a room ({human(limits.max_room_memory)})")
     option("max-file", parse_size, None, f"largest file ({human(limits.max_file)})")
+    several("limit", parse_limit, "NAME=VALUE", "any other number of the room Limits in this file; may be repeated")
+    several(
+        "trusted-proxy", parse_network, "ADDRESS", "proxy whose X-Forwarded-For counts, or a network; may be repeated"
+    )
     switch("allow-null-origin", "let the page connect when opened from disk")
     switch("plain", "no TLS: on this machine only, or behind a proxy on it")
-    option("log-level", parse_level, "info", f"{', '.join(LEVELS)}; none shows texts, names, keys or addresses")
+    several(
+        "monitor", parse_network, "ADDRESS", "who may read /metrics and /healthz beside this machine; may be repeated"
+    )
+    switch("status", "show what the relay that runs here with the same options does, and start none")
+    switch("log-json", "log lines as JSON")
+    switch("log-addresses", "log the addresses of those who are turned away")
+    option("log-level", parse_level, "info", f"{', '.join(LEVELS)}; none shows texts, names or keys")
     parser.add_argument("--version", action="version", version=f"zerosecretroom {VERSION}")
     return parser
 
@@ -4737,9 +4822,10 @@ def read_limits(options: argparse.Namespace) -> Limits:
     file = options.max_file or min(limits.max_file, most)
     if file > most:
         raise OperatorFault(f"--max-file {human(file)} does not fit a room's memory: raise --max-room-memory as well")
-    return dataclasses.replace(
+    limits = dataclasses.replace(
         limits, ttl=options.ttl, max_memory=options.max_memory, max_room_memory=room, max_file=file
     )
+    return dataclasses.replace(limits, **dict(options.limit))
 
 
 def read_options(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
@@ -5045,17 +5131,93 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
 
     async def start() -> None:
         shown = page.with_trust(trust_in(options, credentials))
-        link = Link(rooms, shown, options.limits, credentials.context, options.allow_null_origin)
+        limits, null = options.limits, options.allow_null_origin
+        asked = (options.trusted_proxy, options.monitor, options.log_addresses)
+        link = Link(rooms, shown, limits, credentials.context, null, *asked)
         await serve(Upkeep(options, rooms, link, credentials), link, listeners, environ, told)
 
     asyncio.run(start())
 
 
+# ── being watched ────────────────────────────────────────────────────────────────────────────────────────────────────
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        said = {"time": at.isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
+        return json.dumps({**said, "message": record.getMessage()})
+
+
+def begin_log(options: argparse.Namespace) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if options.log_json else logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
+
+
+def read_metrics(options: argparse.Namespace) -> dict[str, float]:
+    """What the relay on this machine counts; refusals are added up. Raises OperatorFault where none answers."""
+    host = "127.0.0.1" if options.host == ANYWHERE else options.host
+    # whose certificate it is does not matter: nothing is told to it, and it is on this machine
+    asked: http.client.HTTPConnection = (
+        http.client.HTTPConnection(host, options.port, timeout=5)
+        if options.plain
+        else http.client.HTTPSConnection(host, options.port, timeout=5, context=ssl._create_unverified_context())
+    )
+    found: dict[str, float] = {}
+    try:
+        with closing(asked):
+            asked.request("GET", "/metrics")
+            for line in asked.getresponse().read().decode().splitlines():
+                name, _, value = line.rpartition(" ")
+                name = name.partition("{")[0].removeprefix("zsr_")
+                if not line.startswith("#"):
+                    found[name] = found.get(name, 0.0) + float(value)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OperatorFault(f"no relay answers at {host} port {options.port} ({error}): give its --port") from None
+    return found
+
+
+def status_line(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> str:
+    """The present numbers, and what happened a second since those before."""
+
+    def pace(name: str) -> float:
+        return (after[name] - before[name]) / seconds
+
+    return (
+        f"connections {after['connections']:.0f}  rooms {after['rooms']:.0f}  "
+        f"held {after['bytes_held'] / (1 << 20):.1f}M  passing {after['bytes_passing'] / (1 << 20):.1f}M  "
+        f"deliveries {pace('deliveries_total'):.0f}/s  refusals {after.get('refusals_total', 0):.0f}  "
+        f"CPU {pace('cpu_seconds_total'):.0%}"
+    )
+
+
+def show_status(options: argparse.Namespace) -> None:
+    """One line, renewed each second on a terminal and else printed once."""
+    live, before, at = sys.stdout.isatty(), read_metrics(options), time.monotonic()
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+            after, now = read_metrics(options), time.monotonic()
+            print(
+                ("\r\033[K" if live else "") + status_line(before, after, now - at),
+                end="" if live else "\n",
+                flush=True,
+            )
+            before, at = after, now
+            if not live:
+                return
+    print()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = read_options(argv, os.environ)
-        logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
-        run(options, os.environ)
+        begin_log(options)
+        if options.status:
+            show_status(options)
+        else:
+            run(options, os.environ)
     except OperatorFault as fault:
         print(f"zerosecretroom: {fault}", file=sys.stderr)
         return 2
