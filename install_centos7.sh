@@ -35,7 +35,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=9bc25f5bd145ddabb23fce574729f7531bd08817b0a1eae8092fa854319ebaf2
+  SHA256_PROGRAM=e92d56de26e22208017bf2f8eaa35d72af430c8347c916c61937333767780d97
   SHA256_PAGE=1924fc873acdfed977a936292de9ec3c74f5f2201d7f2911905c6372b41f1a2c
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

@@ -4287,6 +4287,8 @@ class Conn(asyncio.Protocol):
         if self.state != OPEN or self._socket is None:
             return
         self._pack()
+        self._size -= sum(len(piece) for message in self._bulk for piece in message)
+        self._bulk.clear()  # nothing may follow a close frame, and chunks are asked for again
         with suppress(InvalidState):  # the peer was faster
             self._socket.send_close(code, reason)
         self._start_closing()
