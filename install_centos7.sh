@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=e92d56de26e22208017bf2f8eaa35d72af430c8347c916c61937333767780d97
-  SHA256_PAGE=1924fc873acdfed977a936292de9ec3c74f5f2201d7f2911905c6372b41f1a2c
+  SHA256_PAGE=d137de0a80a3e31edc92a115873699d3cdb3436193fea2cce9778da660e4a20b
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

@@ -8000,6 +8000,25 @@ class TestMembership:
         assert lab.room(laptop)["state"] == "left"
         assert {m["name"] for m in lab.room(bob)["members"]} == {bob, cleo}
 
+    def test_who_leaves_takes_along_the_only_admin_that_can_let_it_out(self, lab: Laboratory) -> None:
+        ana, bob = fresh("ana", "bob")
+        lab.start(ana, bob)
+        room = lab.create(ana)
+        lab.join(ana, bob)
+        lab.away(bob)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(12)
+        lab.do(ana, "rotate")
+        lab.settle(12)
+        lab.do(ana, "leaveRoom")
+        lab.settle(2)
+        lab.kill()
+        lab.boot()
+        lab.start(bob)
+        lab.settle(80)
+        assert (lab.room(ana)["state"], lab.room(bob)["state"]) == ("left", "member")
+        assert list(lab.state(bob, room)["devices"]) == [lab.state(bob, room)["dev"]]
+
     def newcomer(self, lab: Laboratory, *steps: tuple[int, str]) -> tuple[str, str, str]:
         """Ana unlinks her laptop and leaves, the last member, while a phone of hers is being linked: after so many
         moves of what is under way, each step."""
