@@ -16681,6 +16681,72 @@ def test_what_was_said_is_found_in_all_rooms_and_jumped_to(
     eventually(lambda: focused(ann) == "Search", "the focus returns")
 
 
+# ----------------------------------------------------------------------------------------------------------- alerts --
+
+WATCHED_NOTES_SCRIPT = """(() => {
+  const {Notification: Real} = window;
+  window.told = [];
+  window.asked = 0;
+  window.Notification = class extends Real {
+    constructor(title, options) { super(title, options); told.push([title, options.body]); }
+    static async requestPermission() { window.asked += 1; return Real.permission; }
+  };
+})()"""
+"""What the browser is asked to show. A page in a test always has the focus: that it is hidden is said by hand."""
+HIDDEN_SCRIPT = """(() => {
+  Object.defineProperty(document, 'hidden', {configurable: true, get: () => %s});
+  document.dispatchEvent(new Event('visibilitychange'));
+})()"""
+
+
+@on_engines("chromium")
+def test_who_looks_elsewhere_is_told_and_reads_words_only_if_they_chose_that(
+    arrive: Arrive, relay: Relay, engine: str
+) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    assert isinstance(ann, PlaywrightUser)
+    context = ann.context
+    ann.do(lambda: context.grant_permissions(["notifications"]))
+    ann.js(WATCHED_NOTES_SCRIPT)
+    plain_icon = ann.js("document.querySelector('link[rel=icon]').href")
+    settings = ann.find("dialog", "Settings")
+    ann.click("button", "Settings")
+    assert ann.js("asked") == 0, "the browser is asked by a button only"
+    settings.find("button", "Turn on notifications").click()
+    settings.find("button", "Turn off notifications").appears()
+    for text, told in (("one", ["ZeroSecretRoom", "1 new message"]), ("two", ["Harbour", "Bob: two"])):
+        ann.js(HIDDEN_SCRIPT % "true")
+        write(bob, text)
+        ann.wait("told.length")
+        assert ann.js("told.splice(0)") == [told]
+        ann.wait("document.title.startsWith('(1)')")
+        assert ann.js("document.querySelector('link[rel=icon]').href") != plain_icon
+        ann.js(HIDDEN_SCRIPT % "false")
+        ann.wait("!document.title.startsWith('(')")
+        assert ann.js("document.querySelector('link[rel=icon]').href") == plain_icon
+        settings.find("checkbox", "Show names and text").click()
+    settings.find("checkbox", "Mute this room").click()
+    settings.find("button", "Close").click()
+    ann.find("img", "Muted").appears()
+    ann.js(HIDDEN_SCRIPT % "true")
+    write(bob, "three")
+    hears(ann, "three")
+    assert (ann.js("told"), ann.js("document.title")) == ([], "Harbour · ZeroSecretRoom")
+    ann.reload()
+    ann.find("img", "Muted").appears()
+
+
+def test_the_page_can_be_installed(lasting_relay: Relay) -> None:
+    assert '<link rel="manifest" href="/app.webmanifest">' in page_text()
+    reply = lasting_relay.get("/app.webmanifest")
+    assert (reply.status, reply.fields["content-type"]) == (200, "application/manifest+json")
+    manifest = json.loads(reply.body)
+    assert (manifest["start_url"], manifest["display"]) == ("/", "standalone")
+    icon = lasting_relay.get(manifest["icons"][0]["src"])
+    assert (icon.status, icon.fields["content-type"]) == (200, manifest["icons"][0]["type"])
+    assert icon.body.startswith(b"<svg ")
+
+
 # ======================================================================================================================
 # Install: both installers, as text and for real. A Debian tree, made once and kept, is booted with systemd for each
 # test: what the test writes lies in memory above the tree and is gone with it. The machine has a network of its own
