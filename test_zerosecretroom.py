@@ -14622,6 +14622,8 @@ def make_room(user: User, relay: Relay, room: str = "Harbour", name: str = "Ann"
     if own:
         form.find("checkbox", "Only my own devices").click()
     form.find("button", "Create").click()
+    if own:
+        user.find("dialog", "Link a device").find("button", "Close").click()
     user.find("heading", room, level=1).appears()
 
 
@@ -16745,6 +16747,69 @@ def test_the_page_can_be_installed(lasting_relay: Relay) -> None:
     icon = lasting_relay.get(manifest["icons"][0]["src"])
     assert (icon.status, icon.fields["content-type"]) == (200, manifest["icons"][0]["type"])
     assert icon.body.startswith(b"<svg ")
+
+
+# --------------------------------------------------------------------------------------------------- the first minute --
+
+CAMERA_SCRIPT = """(() => {
+  window.BarcodeDetector = class {
+    static async getSupportedFormats() { return ['qr_code']; }
+    async detect() { return ['WIFI:S:cafe;;', window.code ?? ''].map((rawValue) => ({rawValue})); }
+  };
+  navigator.mediaDevices.getUserMedia = async () => {
+    const seen = document.createElement('canvas'), stream = seen.captureStream();
+    seen.getContext('2d').fillRect(0, 0, 9, 9);
+    return stream;
+  };
+})()"""
+"""A camera and a reader of codes: the browsers here have neither. What the reader sees, the test says."""
+
+
+PASTE_SCRIPT = """((text) => {
+  const paste = Object.assign(new Event('paste', {bubbles: true}), {clipboardData: {getData: () => text}});
+  document.body.dispatchEvent(paste);
+})(%s)"""
+
+
+@on_engines("chromium")
+def test_from_phone_to_laptop_in_two_steps(arrive: Arrive, relay: Relay, engine: str, tmp_path: Path) -> None:
+    """One click shows the QR code; the other device scans it on its start page, and both are in."""
+    laptop, phone = arrive(engine), arrive(engine, PHONE)
+    laptop.goto(relay.url())
+    laptop.click("button", "Only my own devices")
+    made = laptop.find("dialog", "Link a device")
+    link = eventually(made.find("textbox", "Device link").value, "a link is made")
+    assert read_code(made.find("img", "QR code").shot(tmp_path / "code.png")) == [link]
+    assert isinstance(phone, PlaywrightUser)
+    phone.do(lambda: phone.context.add_init_script(CAMERA_SCRIPT))
+    phone.goto(relay.url())
+    phone.click("button", "Scan a QR code")
+    phone.find("button", "Stop scanning").appears()
+    phone.js(f"void (window.code = {json.dumps(link)})")
+    phone.find("button", "Join").click()
+    is_in(phone, "My devices")
+    laptop.press("Escape")
+    write(laptop, "across the table")
+    hears(phone, "across the table")
+    laptop.click("button", "Rooms")
+    laptop.click("button", "Only my own devices")
+    is_in(laptop, "My devices")
+    laptop.find("dialog", "Link a device").find("img", "QR code").appears()
+    assert laptop.css(".item").count() == 1, "the room is there already"
+
+
+@on_engines("firefox")
+def test_a_link_in_a_message_that_is_pasted_anywhere_on_the_start_page_joins(
+    arrive: Arrive, relay: Relay, engine: str
+) -> None:
+    ann, bob = arrive(engine), arrive(engine, PHONE)
+    make_room(ann, relay)
+    link = make_link(ann)
+    bob.goto(relay.url())
+    bob.find("button", "New room").appears()
+    assert bob.find("button", "Scan a QR code").count() == 0, "no button for what the browser cannot do"
+    bob.js(PASTE_SCRIPT % json.dumps(f"Join my room {link}"))
+    bob.find("heading", "You are invited").appears()
 
 
 # ======================================================================================================================
