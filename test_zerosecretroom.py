@@ -14641,6 +14641,8 @@ def make_room(user: User, relay: Relay, room: str = "Harbour", name: str = "Ann"
     if own:
         form.find("checkbox", "Only my own devices").click()
     form.find("button", "Create").click()
+    if own:
+        user.find("dialog", "Link a device").find("button", "Close").click()
     user.find("heading", room, level=1).appears()
 
 
@@ -16698,6 +16700,135 @@ def test_what_was_said_is_found_in_all_rooms_and_jumped_to(
     box.find("status").says("Nothing found for “nowhere” on this device.")
     ann.press("Escape")
     eventually(lambda: focused(ann) == "Search", "the focus returns")
+
+
+# ----------------------------------------------------------------------------------------------------------- alerts --
+
+WATCHED_NOTES_SCRIPT = """(() => {
+  const {Notification: Real} = window;
+  window.told = [];
+  window.asked = 0;
+  window.Notification = class extends Real {
+    constructor(title, options) { super(title, options); told.push([title, options.body]); }
+    static async requestPermission() { window.asked += 1; return Real.permission; }
+  };
+})()"""
+"""What the browser is asked to show. A page in a test always has the focus: that it is hidden is said by hand."""
+HIDDEN_SCRIPT = """(() => {
+  Object.defineProperty(document, 'hidden', {configurable: true, get: () => %s});
+  document.dispatchEvent(new Event('visibilitychange'));
+})()"""
+
+
+@on_engines("chromium")
+def test_who_looks_elsewhere_is_told_and_reads_words_only_if_they_chose_that(
+    arrive: Arrive, relay: Relay, engine: str
+) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    assert isinstance(ann, PlaywrightUser)
+    context = ann.context
+    ann.do(lambda: context.grant_permissions(["notifications"]))
+    ann.js(WATCHED_NOTES_SCRIPT)
+    plain_icon = ann.js("document.querySelector('link[rel=icon]').href")
+    settings = ann.find("dialog", "Settings")
+    ann.click("button", "Settings")
+    assert ann.js("asked") == 0, "the browser is asked by a button only"
+    settings.find("button", "Turn on notifications").click()
+    settings.find("button", "Turn off notifications").appears()
+    for text, told in (("one", ["ZeroSecretRoom", "1 new message"]), ("two", ["Harbour", "Bob: two"])):
+        ann.js(HIDDEN_SCRIPT % "true")
+        write(bob, text)
+        ann.wait("told.length")
+        assert ann.js("told.splice(0)") == [told]
+        ann.wait("document.title.startsWith('(1)')")
+        assert ann.js("document.querySelector('link[rel=icon]').href") != plain_icon
+        ann.js(HIDDEN_SCRIPT % "false")
+        ann.wait("!document.title.startsWith('(')")
+        assert ann.js("document.querySelector('link[rel=icon]').href") == plain_icon
+        settings.find("checkbox", "Show names and text").click()
+    settings.find("checkbox", "Mute this room").click()
+    settings.find("button", "Close").click()
+    ann.find("img", "Muted").appears()
+    ann.js(HIDDEN_SCRIPT % "true")
+    write(bob, "three")
+    hears(ann, "three")
+    assert (ann.js("told"), ann.js("document.title")) == ([], "Harbour · ZeroSecretRoom")
+    ann.reload()
+    ann.find("img", "Muted").appears()
+
+
+def test_the_page_can_be_installed(lasting_relay: Relay) -> None:
+    assert '<link rel="manifest" href="/app.webmanifest">' in page_text()
+    reply = lasting_relay.get("/app.webmanifest")
+    assert (reply.status, reply.fields["content-type"]) == (200, "application/manifest+json")
+    manifest = json.loads(reply.body)
+    assert (manifest["start_url"], manifest["display"]) == ("/", "standalone")
+    icon = lasting_relay.get(manifest["icons"][0]["src"])
+    assert (icon.status, icon.fields["content-type"]) == (200, manifest["icons"][0]["type"])
+    assert icon.body.startswith(b"<svg ")
+
+
+# --------------------------------------------------------------------------------------------------- the first minute --
+
+CAMERA_SCRIPT = """(() => {
+  window.BarcodeDetector = class {
+    static async getSupportedFormats() { return ['qr_code']; }
+    async detect() { return ['WIFI:S:cafe;;', window.code ?? ''].map((rawValue) => ({rawValue})); }
+  };
+  navigator.mediaDevices.getUserMedia = async () => {
+    const seen = document.createElement('canvas'), stream = seen.captureStream();
+    seen.getContext('2d').fillRect(0, 0, 9, 9);
+    return stream;
+  };
+})()"""
+"""A camera and a reader of codes: the browsers here have neither. What the reader sees, the test says."""
+
+
+PASTE_SCRIPT = """((text) => {
+  const paste = Object.assign(new Event('paste', {bubbles: true}), {clipboardData: {getData: () => text}});
+  document.body.dispatchEvent(paste);
+})(%s)"""
+
+
+@on_engines("chromium")
+def test_from_phone_to_laptop_in_two_steps(arrive: Arrive, relay: Relay, engine: str, tmp_path: Path) -> None:
+    """One click shows the QR code; the other device scans it on its start page, and both are in."""
+    laptop, phone = arrive(engine), arrive(engine, PHONE)
+    laptop.goto(relay.url())
+    laptop.click("button", "Only my own devices")
+    made = laptop.find("dialog", "Link a device")
+    link = eventually(made.find("textbox", "Device link").value, "a link is made")
+    assert read_code(made.find("img", "QR code").shot(tmp_path / "code.png")) == [link]
+    assert isinstance(phone, PlaywrightUser)
+    phone.do(lambda: phone.context.add_init_script(CAMERA_SCRIPT))
+    phone.goto(relay.url())
+    phone.click("button", "Scan a QR code")
+    phone.find("button", "Stop scanning").appears()
+    phone.js(f"void (window.code = {json.dumps(link)})")
+    phone.find("button", "Join").click()
+    is_in(phone, "My devices")
+    laptop.press("Escape")
+    write(laptop, "across the table")
+    hears(phone, "across the table")
+    laptop.click("button", "Rooms")
+    laptop.click("button", "Only my own devices")
+    is_in(laptop, "My devices")
+    laptop.find("dialog", "Link a device").find("img", "QR code").appears()
+    assert laptop.css(".item").count() == 1, "the room is there already"
+
+
+@on_engines("firefox")
+def test_a_link_in_a_message_that_is_pasted_anywhere_on_the_start_page_joins(
+    arrive: Arrive, relay: Relay, engine: str
+) -> None:
+    ann, bob = arrive(engine), arrive(engine, PHONE)
+    make_room(ann, relay)
+    link = make_link(ann)
+    bob.goto(relay.url())
+    bob.find("button", "New room").appears()
+    assert bob.find("button", "Scan a QR code").count() == 0, "no button for what the browser cannot do"
+    bob.js(PASTE_SCRIPT % json.dumps(f"Join my room {link}"))
+    bob.find("heading", "You are invited").appears()
 
 
 # ======================================================================================================================

@@ -3348,6 +3348,33 @@ def authority_documents(authority: bytes) -> dict[str, Document]:
     }
 
 
+# ── the app that browsers install: a name, an icon and where to begin; nothing of it runs ─────────────────────────────
+ICON = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 48 48" fill="none" stroke="#00827c">\
+<rect width="48" height="48" fill="#eff3f4" stroke="none"/>\
+<circle cx="24" cy="24" r="15" stroke-width="3.4" stroke-dasharray="12.7 3" transform="rotate(-90 24 24)"/>\
+<circle cx="24" cy="24" r="8" stroke-width="4"/></svg>
+"""
+MANIFEST = b"""{
+  "name": "ZeroSecretRoom",
+  "short_name": "ZeroSecretRoom",
+  "id": "/",
+  "start_url": "/",
+  "scope": "/",
+  "display": "standalone",
+  "background_color": "#eff3f4",
+  "theme_color": "#eff3f4",
+  "icons": [{"src": "/icon.svg", "sizes": "any", "type": "image/svg+xml"}]
+}
+"""
+
+
+def app_documents() -> dict[str, Document]:
+    return {
+        "/app.webmanifest": Document.of(MANIFEST, "application/manifest+json"),
+        "/icon.svg": Document.of(ICON, "image/svg+xml", Content_Security_Policy="default-src 'none'"),
+    }
+
+
 # ── index.html, and the answer to every request ──────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -3372,7 +3399,7 @@ class Page:
             "worker-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
             "require-trusted-types-for 'script'; trusted-types 'none'"
         )
-        return cls(Document.of(body, HTML), policy, {})
+        return cls(Document.of(body, HTML), policy, app_documents())
 
     @classmethod
     def load(cls, path: Path) -> Page:
@@ -3386,7 +3413,7 @@ class Page:
 
     def with_trust(self, trust: Trust) -> Page:
         """The same, with what there is to say of the certificate in use."""
-        others = authority_documents(trust.authority) if trust.authority else {}
+        others = app_documents() | (authority_documents(trust.authority) if trust.authority else {})
         return dataclasses.replace(self, others={"/trust": trust_document(trust, self.sha256), **others})
 
     def answer(self, request: HttpRequest | None) -> bytes:
