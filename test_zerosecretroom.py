@@ -7262,6 +7262,7 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
+  const fading = (name, id) => [...clients.get(name).session.rooms.get(id).events.fade.table.keys()];
   const faults = () => globalThis.faults.splice(0);
   /** decree commits what an admin wants: a charter with other admins or policy (of the root's holder), devices out. */
   const decree = async (name, id, {admins, policy, invites_from, without = []}) => {
@@ -7301,7 +7302,7 @@ const Lab = (() => {
     }
     return [Math.floor(flow.window), most];
   };
-  return {faults, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, ask, answer, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session, resize, queue};
+  return {faults, fading, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, dispatch, ask, answer, model, state, stored, out, blob, dev, invites, rooms, wall, touch, session, resize, queue};
 })();
 """
 
@@ -9097,6 +9098,115 @@ class TestMessages:
         assert [p["text"] for p in lab.room(bob)["pins"]] == ["long, long ago"]
         assert lab.do(bob, "reach", key=key)
         assert message(lab, bob, "long, long ago")["edits"]
+
+
+class TestDisappearing:
+    """Body, file and edits go from each device; there the time counts from when the message is first seen."""
+
+    @staticmethod
+    def sees(lab: Laboratory, name: str, text: str) -> None:
+        lab.do(name, "read", key=key_of(lab, name, text))
+
+    @staticmethod
+    def bodies(lab: Laboratory, name: str, room: str) -> list[str]:
+        return [kind for *_, kind, whole, _ in lab.facts(name, room)["events"] if whole and kind in ("text", "edit")]
+
+    def test_a_message_goes_from_every_device_and_disk(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "timer", seconds=5)
+        lab.settle(3)
+        assert [lab.room(name)["timer"] for name in (ana, bob, cleo)] == [5, 5, 5]
+        lab.do(bob, "send", text="soon gone")
+        lab.drain()
+        lab.do(bob, "edit", key=key_of(lab, bob, "soon gone"), text="soon gone!")
+        lab.drain()
+        for name in (ana, cleo):
+            self.sees(lab, name, "soon gone!")
+        lab.settle(2)
+        assert [lab.texts(name) for name in (ana, bob, cleo)] == [["soon gone!"]] * 3
+        lab.settle(6)
+        for name in (ana, bob, cleo):
+            assert lab.texts(name) == []
+            assert self.bodies(lab, name, room) == []
+            assert lab.model(name)["rooms"][0]["last"] is None
+            assert lab.node.call("Lab.fading", name, room) == []
+        agree(lab, room, [ana, bob, cleo], [""])
+
+    def test_what_was_not_seen_waits_and_a_closed_page_makes_up_for_it(self, lab: Laboratory) -> None:
+        room, (ana, bob, _) = room_of_three(lab)
+        lab.do(ana, "timer", seconds=30)
+        lab.do(ana, "send", text="for bob")
+        lab.settle(60)
+        assert lab.texts(ana) == []
+        assert lab.texts(bob) == ["for bob"], "nobody there has seen it"
+        self.sees(lab, bob, "for bob")
+        lab.settle(2)
+        lab.away(bob)
+        lab.settle(40)
+        lab.start(bob)
+        lab.settle(3)
+        assert lab.texts(bob) == []
+        assert self.bodies(lab, bob, room) == []
+
+    def test_a_timer_counts_for_new_messages_alone_and_is_for_admins(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "send", text="stays")
+        lab.settle(3)
+        key = key_of(lab, bob, "stays")
+        with pytest.raises(Refused, match="admins"):
+            lab.do(bob, "timer", seconds=5)
+        forge(lab, bob, room, "timer", key, seconds=5)
+        lab.settle(3)
+        assert [lab.room(name)["timer"] for name in (ana, bob, cleo)] == [0, 0, 0]
+        for seconds in (1, 4, 2_419_201):
+            with pytest.raises(Refused):
+                lab.do(ana, "timer", seconds=seconds)
+        lab.do(ana, "timer", seconds=5)
+        self.sees(lab, bob, "stays")
+        lab.do(bob, "send", text="says its own time", expires=60)
+        lab.settle(20)
+        assert lab.texts(bob) == ["stays", "says its own time"]
+        lab.settle(60)
+        assert lab.texts(bob) == ["stays"]
+
+    def test_what_nobody_looks_at_for_four_weeks_counts_as_seen(self, lab: Laboratory) -> None:
+        room, (ana, bob, _) = room_of_three(lab)
+        lab.do(ana, "send", text="unseen", expires=5)
+        lab.settle(3)
+        lab.tick(2_419_200)
+        lab.tick(30)
+        lab.settle(3)
+        assert self.bodies(lab, bob, room) == []
+
+
+class TestReadMarks:
+    def test_the_author_sees_who_has_read_it_and_who_shows_nothing(self, lab: Laboratory) -> None:
+        _, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(cleo, "reads", on=False)
+        for n in range(3):
+            lab.do(ana, "send", text=f"line {n}")
+        lab.settle(3)
+        for name in (bob, cleo):
+            lab.do(name, "read", key=key_of(lab, name, "line 1"))
+        lab.settle(8)
+        assert [message(lab, ana, f"line {n}")["read"] for n in range(3)] == [[bob], [bob], []]
+        lab.do(cleo, "reads", on=True)
+        for _ in range(3):
+            for name in (bob, cleo):
+                lab.do(name, "read", key=key_of(lab, name, "line 2"))
+        lab.crash(ana)
+        lab.settle(8)
+        assert [sorted(message(lab, ana, f"line {n}")["read"]) for n in range(3)] == [[bob, cleo]] * 3
+
+    def test_a_hundred_messages_read_cost_one_event(self, lab: Laboratory) -> None:
+        room, (ana, bob, _) = room_of_three(lab)
+        for n in range(20):
+            lab.do(ana, "send", text=f"line {n}")
+        lab.settle(3)
+        for n in range(20):
+            lab.do(bob, "read", key=key_of(lab, bob, f"line {n}"))
+        lab.settle(8)
+        assert [kind for *_, kind, _, _ in lab.facts(ana, room)["events"]].count("read") == 1
 
 
 class Party:
