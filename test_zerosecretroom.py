@@ -15256,6 +15256,121 @@ def test_files_come_in_by_paste_and_drop_too(arrive: Arrive, relay: Relay, engin
         assert save(bob, f"{kind}.txt").sha256 == sha256(f"{kind}.txt inside".encode())
 
 
+class SlowLine:
+    """Between browsers and their relay: so many bytes a second each way, with the short queue of a good router. Stands
+    for the relay where an address is asked for."""
+
+    def __init__(self, relay: Relay, rate: float) -> None:
+        self.relay, self.rate, self.port = relay, rate, free_port()
+        self.free = {"up": 0.0, "down": 0.0}  # until when each direction is taken
+        self.lock = threading.Lock()
+        self.sockets = set[socket.socket]()
+        self.listener = self.short(socket.socket())
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+        self.listener.listen(64)
+        self.threads = list[threading.Thread]()
+        self.run(self.accept)
+
+    def run(self, work: Callable[..., None], *args: Any) -> None:
+        self.threads.append(threading.Thread(target=work, args=args, daemon=True))
+        self.threads[-1].start()
+
+    @staticmethod
+    def short(end: socket.socket) -> socket.socket:
+        for queue in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            end.setsockopt(socket.SOL_SOCKET, queue, 64 << 10)
+        return end
+
+    def url(self, path: str = "/") -> str:
+        return f"https://127.0.0.1:{self.port}{path}"
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = self.short(socket.socket())
+                self.sockets |= {near, far}
+                far.connect(("127.0.0.1", self.relay.port))
+                for one, other, way in ((near, far, "up"), (far, near, "down")):
+                    self.run(self.carry, one, other, way)
+
+    def carry(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(32 << 10):
+                with self.lock:
+                    now = time.monotonic()
+                    self.free[way] = until = max(now, self.free[way]) + len(data) / self.rate
+                time.sleep(max(0.0, until - now))
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Every connection breaks."""
+        for end in tuple(self.sockets):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.threads[0].join()
+        self.cut()
+        for thread in self.threads:
+            thread.join()
+        for end in (self.listener, *self.sockets):
+            end.close()
+
+
+@contextmanager
+def slow_line(relay: Relay, rate: float) -> Iterator[SlowLine]:
+    line = SlowLine(relay, rate)
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+def press(user: User, name: str) -> None:
+    user.find("button", name).appears()
+    user.click("button", name)
+
+
+@on_engines("chromium")
+def test_a_transfer_is_paused_reloaded_cut_and_goes_on(
+    arrive: Arrive, relay: Relay, tmp_path: Path, engine: str
+) -> None:
+    content = random.Random(4).randbytes(6 << 20)
+    (tmp_path / "long.bin").write_bytes(content)
+    with slow_line(relay, 2e6) as line:
+        ann, bob = meet(arrive, cast("Relay", line), engine)
+        ann.upload(tmp_path / "long.bin")
+        bob.find("progressbar", "long.bin").appears()
+        press(bob, "Pause")
+        assert "Paused, " in article(bob, "long.bin")
+        write(ann, "still talking")
+        hears(bob, "still talking")
+        bob.reload()
+        press(bob, "Go on")
+        bob.find("progressbar", "long.bin").appears()
+        line.cut()
+        has_file(bob, "long.bin")
+        assert save(bob, "long.bin").sha256 == sha256(content)
+
+
+@pytest.mark.relay("--max-file", "1M")
+@on_engines()
+def test_a_file_larger_than_the_relay_keeps_arrives(arrive: Arrive, relay: Relay, tmp_path: Path, engine: str) -> None:
+    content = random.Random(5).randbytes(3 << 20)
+    (tmp_path / "long.bin").write_bytes(content)
+    ann, bob = meet(arrive, relay, engine)
+    ann.upload(tmp_path / "long.bin")
+    has_file(bob, "long.bin")
+    assert save(bob, "long.bin").sha256 == sha256(content)
+    has_file(ann, "long.bin")
+
+
 EVIL = "<script>window.pwned = 1</script><svg xmlns='http://www.w3.org/2000/svg' onload='window.pwned = 1'/>"
 EVIL_NAMES = (
     "page.html",
@@ -18111,6 +18226,74 @@ def test_a_20_mb_file_takes_little_longer_than_over_a_bare_socket(
     plain, sealed = bare_seconds(arrive, bare), sealed_seconds(arrive, relay)
     show("20 MB browser to browser, sealed / bare socket", sealed / plain, f"{sealed:.2f} s / {plain:.2f} s")
     assert sealed / plain <= 2.5
+
+
+LINE = 200e6 / 8  # bytes a second, each way
+TEXT_SCRIPT = """(() => {
+  const said = new Map();
+  window.waits = [];
+  window.sayNow = (n) => { said.set(String(n), Date.now()); Session.dispatch({do: 'send', text: 'tick ' + n}); };
+})()"""
+HEAR_SCRIPT = """(() => {
+  window.heardAt = {};
+  new MutationObserver(() => {
+    for (const e of document.querySelectorAll('article .text')) {
+      const n = /^tick (\\d+)$/.exec(e.textContent)?.[1];
+      if (n && !heardAt[n]) heardAt[n] = Date.now();
+    }
+  }).observe(document.getElementById('log'), {childList: true, subtree: true});
+})()"""
+
+
+def text_latencies(ann: User, bob: User, numbers: range, pause: float) -> list[float]:
+    """Seconds from writing until each of these texts stands in the other's log."""
+    begun = {}
+    for n in numbers:
+        begun[n] = ann.js(f"(() => {{ const at = Date.now(); sayNow({n}); return at; }})()")
+        time.sleep(pause)
+    bob.wait(f"heardAt['{numbers[-1]}']", 60)
+    heard_at = bob.js("heardAt")
+    return [(heard_at[str(n)] - begun[n]) / 1000 for n in numbers]
+
+
+def p95(values: list[float]) -> float:
+    return sorted(values)[int(len(values) * 0.95) - 1]
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+@pytest.mark.parametrize("receivers", [1, 4])
+def test_20_mb_over_200_mbit_arrive_while_they_are_sent(arrive: Arrive, relay: Relay, receivers: int) -> None:
+    with slow_line(relay, LINE) as line:
+        ann, *others = [arrive("chromium") for _ in range(receivers + 1)]
+        make_room(ann, cast("Relay", line))
+        for number, user in enumerate(others):
+            join_by(user, make_link(ann), f"Bob {number}")
+        ann.js(RANDOM_BYTES_SCRIPT % FILE_BYTES)
+        times = []
+        for number in range(ROUNDS):
+            for user in others:
+                user.js(RECEIVE_SCRIPT % f"{number}.mp4")
+            begun = ann.js(SEND_SCRIPT % f"{number}.mp4")
+            ends = [user.wait("window.arrived", 60)[0] for user in others]
+            times.append((max(ends) - begun) / 1000)
+        took = statistics.median(times)
+        bare = FILE_BYTES / LINE * (1 if receivers == 1 else receivers)
+        show(f"20 MB to {receivers} over 200 Mbit/s / the line alone", took / bare, f"{took:.2f} s / {bare:.2f} s")
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+def test_text_hardly_waits_for_a_file(arrive: Arrive, relay: Relay) -> None:
+    with slow_line(relay, LINE) as line:
+        ann, bob = meet(arrive, cast("Relay", line), "chromium")
+        ann.js(TEXT_SCRIPT)
+        bob.js(HEAR_SCRIPT)
+        alone = text_latencies(ann, bob, range(40), 0.1)
+        ann.js(RANDOM_BYTES_SCRIPT % (60 << 20))
+        ann.js(SEND_SCRIPT % "long.mp4")
+        beside = text_latencies(ann, bob, range(100, 130), 0.1)
+        show("p95 of text beside a file / alone", p95(beside) / p95(alone), f"{p95(beside):.3f} s / {p95(alone):.3f} s")
 
 
 def usable_seconds(arrive: Arrive, url: str, ready: str) -> float:
