@@ -14725,6 +14725,217 @@ FUZZ = textwrap.dedent("""
 """)
 
 
+# ------------------------------------------------------------------------------------------------------------ faults --
+
+
+@pytest.mark.relay("--limit", "silence=2")
+def test_who_was_silent_only_while_the_relay_was_stopped_stays(relay: Relay, home: House) -> None:
+    with present(relay, home.ann, home.made) as ann:
+        relay.signal("SIGSTOP")
+        time.sleep(4)  # twice the silence that ends a connection
+        relay.signal("SIGCONT")
+        for n in range(30):  # several looks at all connections
+            ann.say(zsr.UpPing(n))
+            assert ann.hear(zsr.DownPong).token == n
+            time.sleep(0.1)
+
+
+def test_a_clock_that_jumps_ends_what_was_signed_until_then_and_nothing_else(home: House) -> None:
+    desk = full_desk(home, sweep_seconds=0.0)
+    soon = desk.wall + 60_000
+    desk.say("ann", zsr.UpInvite(1, invite(home.ann, b"i" * 16, expiry=soon)), post(home), put(0, 2))
+    for jump in (-(10**11), +(10**11)):
+        desk.wall += jump
+        assert desk.expire(0.5) == []
+        assert [len(desk.room.log), len(desk.room.files), len(desk.room.members())] == [2, 1, 3]
+    desk.wall += 61_000
+    desk.expire(0.5)
+    assert len(desk.room.invites) == 0
+    assert faults(desk.say("ann", post(home))) == []
+
+
+def in_own_mount(script: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command among mounts of its own, which a shell script makes before."""
+    asked = ["unshare", "--mount", "sh", "-ec", f'{script}; exec "$@"', "sh", *command]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE, env=relay_environment({}))
+
+
+needs_mounts = pytest.mark.skipif(
+    os.geteuid() != 0 or in_own_mount("mount -t tmpfs none /mnt", "true").returncode != 0, reason="mounts need root"
+)
+
+
+@needs_mounts
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    relay = Relay(tmp_path)
+    relay.state.mkdir()
+    ended = in_own_mount(f"mount -t tmpfs -o size=4k none {relay.state}", *relay.command)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "cannot be written (No space left on device): make room there or use --state-dir" in ended.stderr
+
+
+@needs_mounts
+def test_a_state_directory_that_is_read_only_serves_as_long_as_all_is_there(tmp_path: Path) -> None:
+    relay = Relay(tmp_path)
+    relay.state.mkdir()
+    read_only = f"mount --bind {relay.state} {relay.state} && mount -o remount,bind,ro {relay.state}"
+    ended = in_own_mount(read_only, *relay.command)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "cannot be written (Read-only file system)" in ended.stderr
+    relay.start().stop()
+    ended = in_own_mount(read_only, "timeout", "--preserve-status", "3", *relay.command)
+    assert (ended.returncode, ended.stderr) == (0, ""), "SIGTERM after three seconds, and it goes politely"
+    assert "  page  " in ended.stdout
+
+
+class Narrow(Relay):
+    """A relay with few file descriptors."""
+
+    @property
+    def command(self) -> list[str]:
+        return ["prlimit", "--nofile=80:80", *super().command]
+
+
+def test_where_descriptors_run_out_members_stay_and_others_are_told_or_wait(tmp_path: Path, home: House) -> None:
+    relay = Narrow(tmp_path).start()
+    try:
+        with contextlib.ExitStack() as stack:
+            ann = stack.enter_context(present(relay, home.ann, home.made))
+            crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", relay.port))) for _ in range(31)]
+            with Caller(relay, "aaa") as late:
+                assert late.hear(zsr.DownFault).text == "this relay has as many connections as it may"
+            crowd += [stack.enter_context(socket.create_connection(("127.0.0.1", relay.port))) for _ in range(60)]
+            ann.say(zsr.UpPing(1))
+            assert ann.hear(zsr.DownPong).token == 1
+            for raw in crowd:
+                raw.close()
+            eventually(lambda: metrics(relay)["zsr_connections"] == 2, "the others are gone")
+        assert "bug" not in relay.err.read_text()
+    finally:
+        relay.kill()
+
+
+class Weather:
+    """A network between clients and a relay: latency, stalls and resets by dice; none once it is calm."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self.target, self.dice, self.calm = port, random.Random(seed), False
+        self.counts = dict.fromkeys(("connections", "resets", "stalls", "refused"), 0)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.started, self.thread = threading.Event(), threading.Thread(target=lambda: asyncio.run(self.blow()))
+
+    async def blow(self) -> None:
+        self.loop, self.over = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self.carry, sock=self.listener)
+        self.started.set()
+        await self.over.wait()
+        server.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.counts["connections"] += 1
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            self.counts["refused"] += 1
+            writer.transport.abort()
+            return
+        both = [asyncio.ensure_future(self.pass_on(*way)) for way in ((reader, back), (there, writer))]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in both:
+                way.cancel()
+            for end in (writer, back):
+                end.transport.abort()
+
+    async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if not self.calm:
+                    luck = self.dice.random()
+                    if luck < 0.01:
+                        self.counts["resets"] += 1
+                        return
+                    self.counts["stalls"] += luck < 0.03
+                    await asyncio.sleep(self.dice.uniform(0.5, 2.0) if luck < 0.03 else self.dice.uniform(0.0, 0.05))
+                writer.write(data)
+                await writer.drain()
+
+    def __enter__(self) -> Weather:
+        self.thread.start()
+        assert self.started.wait(PATIENCE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.over.set)
+        self.thread.join(PATIENCE)
+
+
+CHAOS_SECONDS = float(os.environ.get("ZSR_CHAOS_SECONDS", "10"))
+CHAOS_SEED = int(os.environ.get("ZSR_CHAOS_SEED", "20261122"))
+CHAOS_ROOMS, CHAOS_MEMBERS = (5, 6) if CHAOS_SECONDS > 60 else (2, 3)
+
+
+@pytest.mark.timeout(600 + 2 * CHAOS_SECONDS)
+def test_in_chaos_every_member_ends_with_every_message_once_and_in_its_senders_order(
+    people: Node, relay: Relay
+) -> None:
+    """Resets, stalls, latency, kills and stops. ZSR_CHAOS_SECONDS=600 makes it 30 clients in 5 rooms."""
+    dice = random.Random(CHAOS_SEED)
+    counts = dict.fromkeys(("messages", "kills", "stops"), 0)
+    with Weather(relay.port, CHAOS_SEED) as weather:
+        weather.calm = True
+        members = {n: [f"room{n}-{m}" for m in range(CHAOS_MEMBERS)] for n in range(CHAOS_ROOMS)}
+        rooms = {n: gather(people, cast("Relay", weather), *names) for n, names in members.items()}
+        said: dict[str, list[str]] = {name: [] for names in members.values() for name in names}
+        weather.calm, end, fault_at = False, time.monotonic() + CHAOS_SECONDS, time.monotonic() + 2
+        while time.monotonic() < end:
+            name = dice.choice([*said])
+            said[name].append(f"{name} says {len(said[name])}")
+            say(people, name, "send", text=said[name][-1])
+            counts["messages"] += 1
+            time.sleep(dice.uniform(0.0, 0.3))
+            if time.monotonic() > fault_at:
+                trouble(relay, dice, counts)
+                fault_at = time.monotonic() + dice.uniform(1, 4)
+                for each in said:
+                    people.call("People.retry", each)
+        weather.calm = True
+
+        def complete(n: int, name: str) -> bool:
+            texts = people.call("People.texts", name, rooms[n])
+            return len(texts) >= sum(len(said[each]) for each in members[n])
+
+        for n, names in members.items():
+            for name in names:
+                people.call("People.retry", name)
+                eventually(lambda n=n, name=name: complete(n, name), f"{name} has all", 180)  # type: ignore[misc]
+        for n, names in members.items():
+            for name in names:
+                texts = people.call("People.texts", name, rooms[n])
+                for other in names:
+                    assert [text for text in texts if text.startswith(f"{other} ")] == said[other]
+                assert len(texts) == sum(len(said[each]) for each in names)
+    print(
+        f"\nchaos: seed {CHAOS_SEED}, {CHAOS_SECONDS:g} s, {len(said)} clients, {len(rooms)} rooms, {counts}, {weather.counts}"
+    )
+
+
+def trouble(relay: Relay, dice: random.Random, counts: dict[str, int]) -> None:
+    """A power failure, or a machine that stands still for a while."""
+    if dice.random() < 0.5:
+        relay.restart()
+        counts["kills"] += 1
+    else:
+        relay.signal("SIGSTOP")
+        time.sleep(dice.uniform(0.2, 1.5))
+        relay.signal("SIGCONT")
+        counts["stops"] += 1
+
+
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # Browser: people doing the whole main job on a real relay. Only the page's promised names are used to find things, so
 # what passes here can be done with a screen reader too. Every test ends with consoles that hold no error or warning.

@@ -76,6 +76,7 @@ import re
 import signal
 import socket
 import ssl
+import stat
 import struct
 import time
 import traceback
@@ -166,6 +167,7 @@ class Limits:
     connections: int = 20_000  # sockets at once: 49 KB each make 1 GB
     connections_an_address: int = 512  # of these from one IPv4 address or IPv6 /64: a school behind one router
     turned_away: int = 16  # beyond either of the two, at once, that are told why before they are let go
+    other_files: int = 32  # descriptors for what is no connection: listeners, the log, certificates being read
     busy_retry_ms: int = 15_000  # ms after which they may try again
     unsent: int = 65_536  # bytes that the system takes of a peer beyond what its line carries just now
     conn_bytes: int = 65_536  # bytes charged for a connection: 49 KB were measured, and half a TLS record may wait
@@ -3683,7 +3685,8 @@ def make_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The P-256 key in a file, made at the first start. One that others may read is closed to them."""
     try:
-        path.chmod(0o600)
+        if stat.S_IMODE(path.stat().st_mode) != 0o600:  # a file system that is read-only now may hold it all the same
+            path.chmod(0o600)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError:
         key = make_key(path)
@@ -3784,6 +3787,7 @@ TLS_RECORD = 16384  # bytes: OpenSSL's buffers never shrink, so nothing larger g
 TLS_HANDSHAKE = 0x16
 HEAD, OPEN, CLOSING, GONE = "head", "open", "closing", "gone"
 
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 THIS_MACHINE = ("127.0.0.1",)  # where who comes through a Unix socket is
 DATA = (Opcode.BINARY, Opcode.CONT, Opcode.TEXT)
 
@@ -4305,8 +4309,9 @@ class Conn(asyncio.Protocol):
             change, self.held = held - self.held, held
             self._link.weigh(change)
 
-    def begin_tick(self) -> None:
+    def begin_tick(self, away: float) -> None:
         self._odd = 0
+        self.heard += away
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def close(self, code: int, reason: str) -> None:
@@ -4398,14 +4403,23 @@ class Link:
         self._servers: list[asyncio.Server] = []
         self._empty = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._swept = self.now()
         self._messages = self._deliveries = self.cuts = 0
 
     async def start(self, listeners: Iterable[socket.socket]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(lambda _, context: report_bug(context.get("exception")))
+        self._loop.set_exception_handler(lambda _, context: self._report(context.get("exception")))
         for listener in listeners:
             self._servers.append(await self._loop.create_server(lambda: Conn(self), sock=listener, backlog=512))
         self._sweep()
+
+    def _report(self, error: BaseException | None) -> None:
+        if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
+            self._refusals["descriptors"] += 1
+            if self._refusals["descriptors"] == 1:
+                log.error("no file descriptors left, so new connections wait: raise the limit that ulimit -n shows")
+        else:
+            report_bug(error)
 
     async def stop(self) -> None:
         """Takes leave of everyone; whoever does not answer in time is dropped."""
@@ -4633,8 +4647,10 @@ class Link:
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     def _sweep(self) -> None:
         now = self.now()
+        # Where this process was stopped, what peers said meanwhile could not be heard: that is no silence of theirs.
+        away, self._swept = max(0.0, now - self._swept - 2 * self.limits.tick_seconds), now
         for conn in list(self._conns):
-            conn.begin_tick()
+            conn.begin_tick(away)
             self._examine(conn, now - conn.heard)
         self._transit(None, self._rooms.expire)
         log.debug(
@@ -4950,13 +4966,18 @@ def notify(environ: Mapping[str, str], state: str) -> None:
             messenger.sendall(state.encode())
 
 
-def raise_file_limit() -> None:
-    """A connection is a descriptor, and many systems give 1,024 unless asked."""
+def within_file_limit(limits: Limits) -> Limits:
+    """A connection is a descriptor, and many systems give 1,024 unless asked. Where there are fewer than connections
+    are allowed, those who come too late are told so instead of waiting."""
     with suppress(ImportError, OSError, ValueError):
         import resource  # not on every system
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if hard != resource.RLIM_INFINITY:
+            most = hard - limits.other_files - limits.turned_away
+            return dataclasses.replace(limits, connections=max(1, min(limits.connections, most)))
+    return limits
 
 
 # ── start ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5153,7 +5174,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     listeners = passed_sockets(environ) or [listen(options.host, options.port)]
     if options.plain and not all(map(is_local_only, listeners)):
         raise OperatorFault("--plain on a socket that other machines reach would send everything unencrypted")
-    raise_file_limit()
+    options.limits = within_file_limit(options.limits)
     own = credentials.leaf is not None and options.cert is None
     told = announcement(addresses(options, listeners[0]), page, credentials, names, own)
     rooms = Rooms(options.limits, identity, os.urandom(16), names, os.urandom, lambda: time.time_ns() // 1_000_000)
