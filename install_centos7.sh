@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=e92d56de26e22208017bf2f8eaa35d72af430c8347c916c61937333767780d97
-  SHA256_PAGE=d137de0a80a3e31edc92a115873699d3cdb3436193fea2cce9778da660e4a20b
+  SHA256_PROGRAM=071c170299588a65bc0339841b3b114e49fa10020cd8b9651112d8795180317d
+  SHA256_PAGE=a30826ef478439faf86094fb444caabc5aaa4ec9413a7c1bfe6c74df6b48aadb
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

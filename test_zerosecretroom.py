@@ -16006,7 +16006,7 @@ def test_attack_39_in_a_browser_guesses_and_altered_records_overwrite_nothing(
 
 
 LINE_SCRIPT = """(() => {
-  const mark = new Uint8Array(32), room = {id: 'room', mark, members: [], older: false, typing: [], own: false, demo: false};
+  const mark = new Uint8Array(32), room = {id: 'room', mark, members: [], me: {name: ''}, older: false, typing: [], own: false, demo: false};
   Log.render({...room, messages: [{key: 'line', kind: 'linked', member: 'member', author: '%s', text: '', mark, mine: false,
     time: Date.now(), lam: 1, file: null, state: '', why: '', held: [], awaited: []}]});
   return document.querySelector('.sys').textContent;                // at once: the page at work shows no room
