@@ -12453,6 +12453,8 @@ def trust_text(relay: Relay) -> str:
             "--local-ca makes a certificate of the relay's own: --plain speaks no TLS; leave out",
         ),
         (["--plain", "--host", "0.0.0.0"], "--plain on 0.0.0.0 would send everything unencrypted"),
+        (["--host", "/run/zsr.sock"], "--host /run/zsr.sock is a Unix socket, for a proxy that has the certificate"),
+        (["--plain", "--host", "/nowhere/zsr.sock"], "cannot listen on /nowhere/zsr.sock: No such file or directory"),
         (["--plain", "--host", "example.org"], "--plain on example.org would send everything unencrypted"),
         (["--page", "/nowhere/index.html"], "page /nowhere/index.html cannot be read (No such file or directory)"),
         (["--limit", "romms=5"], "argument --limit: 'romms=5' names no limit; is it rooms?"),
@@ -14934,6 +14936,230 @@ def trouble(relay: Relay, dice: random.Random, counts: dict[str, int]) -> None:
         time.sleep(dice.uniform(0.2, 1.5))
         relay.signal("SIGCONT")
         counts["stops"] += 1
+
+
+# -------------------------------------------------------------------------------------------------------- many relays --
+
+
+class AtPath(Relay):
+    """A relay on a Unix socket."""
+
+    @property
+    def path(self) -> Path:
+        return self.state.parent / "relay.sock"
+
+    @property
+    def command(self) -> list[str]:
+        return [*super().command, "--host", str(self.path)]
+
+    def ask(self, path: str) -> bytes:
+        with socket.socket(socket.AF_UNIX) as raw:
+            raw.connect(str(self.path))
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            return b"".join(iter(lambda: raw.recv(65536), b""))
+
+
+def test_a_unix_socket_serves_a_proxy_and_a_stale_one_is_replaced(tmp_path: Path) -> None:
+    relay = AtPath(tmp_path, "--plain")
+    try:
+        relay.start()
+        assert stat.S_IMODE(relay.path.stat().st_mode) == 0o660
+        assert relay.ask("/healthz").endswith(b"ok\n")
+        second = run_relay(*relay.command[2:])
+        assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+        assert f"cannot listen on {relay.path}: another program has it" in second.stderr
+        relay.restart()
+        assert relay.ask("/").startswith(b"HTTP/1.1 200 ")
+    finally:
+        relay.kill()
+
+
+class Fleet:
+    """Relays with one identity behind a real proxy, as README configures it."""
+
+    def __init__(self, folder: Path, kind: str, size: int) -> None:
+        self.folder, self.kind, self.port = folder, kind, free_port()
+        self.relays: list[Relay] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(exist_ok=True)
+        zsr.load_or_make_certificate(folder, ["localhost", "127.0.0.1"], datetime.datetime.now(datetime.timezone.utc))
+        both = (folder / zsr.TLS_CERT).read_bytes() + (folder / zsr.TLS_KEY).read_bytes()
+        (folder / "both.pem").write_bytes(both)
+        for _ in range(size):
+            self.grow()
+
+    def grow(self) -> None:
+        relay = Relay(self.folder / f"relay{len(self.relays)}", "--plain", "--trusted-proxy", "127.0.0.1")
+        relay.state.mkdir(parents=True)
+        if self.relays:
+            shutil.copy(self.relays[0].state / zsr.IDENTITY_KEY, relay.state)
+        self.relays.append(relay.start())
+
+    def config(self) -> str:
+        """README's, with this test's places in it."""
+        block = re.search(rf"^```{self.kind}\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        assert block
+        text, line = block[1], re.findall(r"^  server .*\n", block[1], re.MULTILINE)
+        mine = "".join(
+            line[0].replace("9101", str(each.port)).replace("r1", f"r{n}") for n, each in enumerate(self.relays, 1)
+        )
+        text = text.replace("".join(line), mine).replace("stop-after 10s", "stop-after 1s")
+        text = text.replace("bind :443", f"bind 127.0.0.1:{self.port}").replace(
+            "listen 443", f"listen 127.0.0.1:{self.port}"
+        )
+        text = text.replace("/etc/ssl/chat.key", str(self.folder / zsr.TLS_KEY))
+        text = text.replace("/etc/ssl/chat.pem", str(self.folder / "both.pem"))
+        if self.kind == "haproxy":
+            return text
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        spare = " ".join(f"{kind}_temp_path {self.folder / kind};" for kind in kinds)
+        outside = f"daemon off; pid {self.folder}/nginx.pid; error_log stderr; worker_shutdown_timeout 1s; user root;"
+        return f"{outside} events {{}} http {{ access_log off; {spare} {text} }}"
+
+    def start(self) -> Fleet:
+        """Starts the proxy, or lets it read its configuration anew as its packages do."""
+        before, path = self.process, self.folder / "proxy.conf"
+        path.write_text(self.config())
+        with open(self.folder / "proxy.log", "ab") as log:
+            if self.kind == "nginx" and before is not None:
+                before.send_signal(signal.SIGHUP)
+            else:
+                haproxy = ["haproxy", "-db", "-f", str(path)]
+                command = ["nginx", "-c", str(path)] if self.kind == "nginx" else haproxy
+                self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        if self.kind == "haproxy" and before is not None:
+            before.kill()
+            before.wait(PATIENCE)
+        eventually(lambda: self.knock() == 200, f"{self.kind} listens: {(self.folder / 'proxy.log').read_text()}")
+        return self
+
+    def knock(self) -> int:
+        """The status of the page through the proxy; 0 where nobody listens."""
+        context = ssl.create_default_context(cafile=str(self.folder / zsr.TLS_CERT))
+        asked = http.client.HTTPSConnection("127.0.0.1", self.port, context=context, timeout=PATIENCE)
+        with contextlib.closing(asked), contextlib.suppress(OSError):
+            asked.request("GET", "/")
+            return asked.getresponse().status
+        return 0
+
+    def socket_url(self, room_path: str) -> str:
+        return f"wss://127.0.0.1:{self.port}/ws/{room_path}"
+
+    def trust(self) -> ssl.SSLContext:
+        """TLS 1.2: in 1.3 a ticket comes after the handshake, and a caller's two threads, of which one reads and one
+        writes, then now and again lose what is written."""
+        context = ssl.create_default_context(cafile=str(self.folder / zsr.TLS_CERT))
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+    def rooms(self) -> list[int]:
+        """How many each relay that runs holds."""
+        alive = [each for each in self.relays if each.process and each.process.poll() is None]
+        return [int(metrics(each)["zsr_rooms"]) for each in alive]
+
+    def close(self) -> None:
+        for relay in self.relays:
+            relay.kill()
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(PATIENCE)
+
+
+@pytest.fixture(params=["nginx", "haproxy"])
+def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
+    made = Fleet(tmp_path / "fleet", request.param, 3)
+    try:
+        yield made.start()
+    finally:
+        made.close()
+
+
+def test_a_fleet_splits_no_room_and_loses_nothing_over_a_kill_and_a_fourth_relay(fleet: Fleet) -> None:
+    """Twelve rooms of two. Their members talk while a relay is down and comes back, and after one more joined."""
+    homes = [house() for _ in range(12)]
+
+    def all_talk(homes: list[House]) -> None:
+        """Each room's two come anew and hear each other."""
+        for at in homes:
+            with present(fleet, at.ann, at.made) as ann, present(fleet, at.ben, at.made) as ben:
+                text = os.urandom(40)
+                ann.say(replace(envelope(at, 0), ct=text))
+                ann.hear(zsr.DownSent)
+                while ben.hear(zsr.DownEvent).ct != text:
+                    pass
+
+    def lost_home(at: House) -> bool:
+        try:
+            with Caller(fleet, zsr.b64u(at.room)) as caller:
+                caller.login(at.ann)
+        except (InvalidStatus, ConnectionClosed, OSError, EOFError):
+            return True
+        return False
+
+    all_talk(homes)
+    assert (sum(fleet.rooms()), min(fleet.rooms()) > 0) == (12, True), "each room on one relay, each relay with some"
+    down = fleet.relays[1]
+    theirs = metrics(down)["zsr_rooms"]
+    down.kill()
+    lost = [at for at in homes if lost_home(at)]
+    assert len(lost) == theirs, "strictly: no other relay takes its rooms"
+    all_talk([at for at in homes if at not in lost])
+    down.start()
+    all_talk(homes)
+    assert sum(fleet.rooms()) == 12
+    before = fleet.rooms()
+    fleet.grow()
+    with present(fleet, homes[0].ann, homes[0].made) as stays:
+        fleet.start()
+        eventually(lambda: is_closed(stays), "sockets of the old configuration end")
+    all_talk(homes)
+    eventually(lambda: metrics(fleet.relays[3])["zsr_rooms"] > 0, "the fourth has some")
+    moved = int(metrics(fleet.relays[3])["zsr_rooms"])
+    assert fleet.rooms()[:3] == before, "rooms that nobody is in any more stay where they were, until their time ends"
+    assert moved < 12
+
+
+def is_closed(caller: Caller) -> bool:
+    with contextlib.suppress(TimeoutError):
+        try:
+            caller.socket.recv(0.2)
+        except ConnectionClosed:
+            return True
+    return False
+
+
+def test_whole_clients_lose_nothing_when_their_fleet_grows(fleet: Fleet, people: Node) -> None:
+    """Pages that know the relay's key: a room that moves is no new relay to them, and what waited is not lost."""
+    rooms = {(f"ann{n}", f"bob{n}"): gather(people, cast("Relay", fleet), f"ann{n}", f"bob{n}") for n in range(4)}
+    for ann, _ in rooms:
+        say(people, ann, "send", text="before")
+    fleet.grow()
+    fleet.start()
+    for ann, bob in rooms:
+        say(people, bob, "send", text="after")
+        for name in (ann, bob):
+            people.call("People.retry", name)
+    for (ann, bob), room in rooms.items():
+        for name in (ann, bob):
+            eventually(
+                lambda name=name, room=room: sorted(people.call("People.texts", name, room)) == ["after", "before"],  # type: ignore[misc]
+                f"{name} has both",
+            )
+            assert people.call("People.calm", name, room) or people.call("People.model", name)["room"]["notes"] == []
+
+
+def test_who_comes_through_a_proxy_is_counted_by_the_proxys_word_alone(fleet: Fleet) -> None:
+    """The proxy overwrites what clients claim: on this machine it says loopback, which is not counted."""
+    with behind(fleet, "192.0.2.7") as one:
+        one.say(zsr.UpNonce(bytes(32)))
+        one.hear(zsr.DownRelay)
+        [place] = {relay.get("/metrics", X_Forwarded_For="192.0.2.7").status for relay in fleet.relays}
+        assert place == 403
+        context = fleet.trust()
+        asked = http.client.HTTPSConnection("127.0.0.1", fleet.port, context=context, timeout=PATIENCE)
+        with contextlib.closing(asked):
+            asked.request("GET", "/metrics", headers={"X-Forwarded-For": "192.0.2.7"})
+            assert asked.getresponse().status == 200, "the proxy's word is this machine's"
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

@@ -4816,7 +4816,7 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
         default = [read_value(variable, parse, each) for each in given]
         parser.add_argument(f"--{name}", type=parse, action="append", metavar=metavar, help=text, default=default)
 
-    option("host", str, None, "address to listen on (all; with --plain 127.0.0.1)")
+    option("host", str, None, "address to listen on (all; with --plain 127.0.0.1), or a Unix socket's path")
     option("port", parse_port, 8443, "port for page and socket (8443); 0 takes a free one")
     several("name", parse_name, "NAME", "host name or address under which people reach this relay; may be repeated")
     option("state-dir", Path, default_state_dir(environ), "where certificate and identity key are kept")
@@ -4885,8 +4885,12 @@ def read_options(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argp
         other = "--plain speaks no TLS" if options.plain else "--cert brings a certificate that the CA would not sign"
         raise OperatorFault(f"--local-ca makes a certificate of the relay's own: {other}; leave out one of them")
     options.host = options.host or ("127.0.0.1" if options.plain else ANYWHERE)
-    if options.plain and not is_loopback(options.host):
+    if options.plain and not is_loopback(options.host) and not is_path(options.host):
         raise OperatorFault(f"--plain on {options.host} would send everything unencrypted: use --host 127.0.0.1")
+    if is_path(options.host) and not options.plain:
+        raise OperatorFault(
+            f"--host {options.host} is a Unix socket, for a proxy that has the certificate: add --plain"
+        )
     return options
 
 
@@ -4926,8 +4930,10 @@ SIOCGIFADDR, IFA_F_TEMPORARY = 0x8915, 0x01
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; on all addresses it takes IPv4 and IPv6 alike."""
+    """A listening socket; on all addresses it takes IPv4 and IPv6 alike, and a path is a Unix socket."""
     try:
+        if is_path(host):
+            return listen_at(Path(host))
         if host == ANYWHERE and socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=512)
         where = "0.0.0.0" if host == ANYWHERE else host
@@ -4938,9 +4944,28 @@ def listen(host: str, port: int) -> socket.socket:
             errno.EADDRINUSE: "another program has it; choose another --port",
             errno.EACCES: "ports below 1024 need root, or a systemd socket; choose another --port",
         }
+        where = host if is_path(host) else f"{host} port {port}"
         raise OperatorFault(
-            f"cannot listen on {host} port {port}: {remedy.get(error.errno or 0, error.strerror or str(error))}"
+            f"cannot listen on {where}: {remedy.get(error.errno or 0, error.strerror or str(error))}"
         ) from None
+
+
+def is_path(host: str) -> bool:
+    return host.startswith("/")
+
+
+def listen_at(path: Path) -> socket.socket:
+    """A Unix socket for the relay's user and group. One that a relay left behind is replaced; one in use is not."""
+    listener = socket.socket(socket.AF_UNIX)
+    if path.is_socket():
+        with closing(socket.socket(socket.AF_UNIX)) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        path.unlink()
+    listener.bind(str(path))
+    path.chmod(0o660)
+    listener.listen(512)
+    return listener
 
 
 def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
