@@ -17267,6 +17267,22 @@ def test_a_link_in_a_message_that_is_pasted_anywhere_on_the_start_page_joins(
     bob.find("heading", "You are invited").appears()
 
 
+# ----------------------------------------------------------------------------------------------------------- speed --
+
+
+@on_engines("chromium")
+def test_who_has_never_been_here_need_not_wait_for_the_disk(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """A store that does not open delays nobody who has nothing in it; who has rooms sees no start without them."""
+    ann = arrive(engine)
+    assert isinstance(ann, PlaywrightUser)
+    ann.do(lambda: ann.context.add_init_script("IDBFactory.prototype.open = () => new EventTarget()"))
+    ann.goto(relay.url())
+    ann.find("button", "New room").appears()
+    ann.js("void localStorage.setItem('zsr-known', '')")
+    ann.reload()
+    assert not ann.js("document.getElementById('app').checkVisibility()")
+
+
 # ======================================================================================================================
 # Install: both installers, as text and for real. A Debian tree, made once and kept, is booted with systemd for each
 # test: what the test writes lies in memory above the tree and is gone with it. The machine has a network of its own
