@@ -17265,6 +17265,7 @@ const Cases = (() => {
       const [total] = find(`line ${count - 7} `), [all, ...hits] = find('line');
       return [total, all, hits.length];
     },
+    again(times) { for (let n = 0; n < times; n += 1) find(`line 4${n}`); },
     excerpt: () => Search.cut(`${'a'.repeat(100)} needle ${'b'.repeat(300)}`, ['needle']).map(([text, hit]) => [text.length, hit]),
   };
 })();
@@ -17491,6 +17492,44 @@ def test_a_link_in_a_message_that_is_pasted_anywhere_on_the_start_page_joins(
     assert bob.find("button", "Scan a QR code").count() == 0, "no button for what the browser cannot do"
     bob.js(PASTE_SCRIPT % json.dumps(f"Join my room {link}"))
     bob.find("heading", "You are invited").appears()
+
+
+# ----------------------------------------------------------------------------------------------------------- speed --
+
+
+@on_engines("chromium")
+def test_who_has_never_been_here_need_not_wait_for_the_disk(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """A store that does not open delays nobody who has nothing in it; who has rooms sees no start without them."""
+    ann = arrive(engine)
+    assert isinstance(ann, PlaywrightUser)
+    ann.do(lambda: ann.context.add_init_script("IDBFactory.prototype.open = () => new EventTarget()"))
+    ann.goto(relay.url())
+    ann.find("button", "New room").appears()
+    ann.js("void localStorage.setItem('zsr-known', '')")
+    ann.reload()
+    assert not ann.js("document.getElementById('app').checkVisibility()")
+
+
+def lighthouse(relay: Relay, folder: Path, *categories: str) -> dict[str, Any]:
+    """The audit of the start page, with the browser of the system; its certificate is nobody's."""
+    answer = folder / "lighthouse.json"
+    command = [str(ROOT / ".ci/node_modules/.bin/lighthouse"), relay.url(), "--quiet", "--preset=desktop"]
+    command += ["--output=json", f"--output-path={answer}", f"--only-categories={','.join(categories)}"]
+    command += ["--chrome-flags=--headless=new --ignore-certificate-errors " + " ".join(CHROMIUM_ARGS)]
+    environment = {**os.environ, "CHROME_PATH": program("chromium", "chromium-browser"), "TMPDIR": str(folder)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr
+    return dict(json.loads(answer.read_text("utf-8")))
+
+
+@pytest.mark.browser
+def test_lighthouse_finds_nothing_against_the_start_page(relay: Relay, tmp_path: Path) -> None:
+    report = lighthouse(relay, tmp_path, "accessibility", "best-practices")
+    wrong = [name for name, audit in report["audits"].items() if audit["score"] not in (None, 1)]
+    assert {name: each["score"] for name, each in report["categories"].items()} == {
+        "accessibility": 1,
+        "best-practices": 1,
+    }, wrong
 
 
 # ======================================================================================================================
@@ -18753,6 +18792,81 @@ def test_the_page_is_soon_usable(arrive: Arrive, relay: Relay, bare: BarePageSer
     full, empty = usable_seconds(arrive, relay.url(), usable), usable_seconds(arrive, bare.url(), "true")
     show("navigation to usable page / to an empty page", full / empty, f"{full:.2f} s / {empty:.2f} s")
     assert full < 3
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+def test_loading_costs_little_of_the_processor(arrive: Arrive, relay: Relay) -> None:
+    """CPU time of the page's main thread: it is the same on a busy machine."""
+    costs: dict[str, list[float]] = {"ScriptDuration": [], "LayoutDuration": [], "TaskDuration": []}
+    for _ in range(ROUNDS):
+        user = arrive("chromium")
+        assert isinstance(user, PlaywrightUser)
+        watch = user.do(lambda user=user: user.context.new_cdp_session(user.tab))  # type: ignore[misc]
+        user.do(lambda watch=watch: watch.send("Performance.enable", {"timeDomain": "threadTicks"}))  # type: ignore[misc]
+        user.goto(relay.url())
+        user.find("button", "New room").appears()
+        metrics = user.do(lambda watch=watch: watch.send("Performance.getMetrics"))["metrics"]  # type: ignore[misc]
+        for name, times in costs.items():
+            times.append(next(m["value"] for m in metrics if m["name"] == name))
+        user.close()
+    script, layout, task = (statistics.median(times) * 1000 for times in costs.values())
+    show("ms of CPU to a usable page", task, f"scripts {script:.0f} ms, layout {layout:.0f} ms")
+    assert task < 1000
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+def test_lighthouse_has_little_against_the_speed(relay: Relay, tmp_path: Path) -> None:
+    report = lighthouse(relay, tmp_path, "performance")
+    audits = ("first-contentful-paint", "largest-contentful-paint", "total-blocking-time", "cumulative-layout-shift")
+    detail = ", ".join(f"{name} {report['audits'][name]['displayValue']}" for name in audits)
+    show("Lighthouse, performance", report["categories"]["performance"]["score"], detail)
+    assert report["audits"]["cumulative-layout-shift"]["score"] == 1
+
+
+TIMERS_SCRIPT = """(() => {
+  window.fired = 0;
+  for (const name of ['setTimeout', 'requestAnimationFrame', 'setInterval']) {
+    const real = window[name].bind(window);
+    window[name] = (run, ...more) => real((...args) => { window.fired += 1; return run(...args); }, ...more);
+  }
+})()"""
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+def test_an_idle_room_costs_no_timers(arrive: Arrive, relay: Relay) -> None:
+    ann = arrive("chromium")
+    assert isinstance(ann, PlaywrightUser)
+    ann.do(lambda: ann.context.add_init_script(TIMERS_SCRIPT))
+    make_room(ann, relay)
+    is_connected(ann)
+    ann.js("new Promise((go) => { const done = setTimeout; setTimeout(() => { window.fired = 0; go(); }, 3000); })")
+    ann.js("new Promise((go) => setTimeout(go, 10000))")
+    fired = ann.js("window.fired") - 1  # the one that ended the wait
+    show("timers fired in 10 s of an idle room", fired, "setTimeout, setInterval, animation frames")
+    assert fired <= 1
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+def test_fifty_thousand_messages_are_searched_at_once(search: Node) -> None:
+    """CPU time of node, which is V8 as in Chromium."""
+    begun = search_seconds(search)
+    search.call("Cases.many", 50_000)
+    built = search_seconds(search)
+    search.call("Cases.again", 20)
+    show(
+        "ms of CPU a search in 50,000 messages",
+        (search_seconds(search) - built) * 1000 / 20,
+        f"reading them {built - begun:.2f} s without opening their seals",
+    )
+
+
+def search_seconds(search: Node) -> float:
+    fields = Path(f"/proc/{search.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.bench
