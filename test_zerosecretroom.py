@@ -15587,6 +15587,10 @@ def said(user: User, text: str) -> Spot:
     return spots.nth(at[0])
 
 
+def is_without(user: User, text: str) -> bool:
+    return not [each for each in articles(user) if text in each]
+
+
 def act(user: User, text: str, item: str) -> None:
     """Chooses an item of a message's menu."""
     said(user, text).find("button", "More").click()
@@ -15634,6 +15638,84 @@ def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arri
     assert "You deleted a message" in ann.css("body").text()
     said(bob, "too early").find("button", re.compile("^Ann")).click()
     bob.wait("document.activeElement.matches('article') && document.activeElement.innerText.includes('ferry at nine')")
+
+
+@on_engines("chromium")
+def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    make_room(ann, relay, "Kitchen")
+    bob = arrive(engine, PHONE)
+    ann.goto(relay.url())
+    make_room(ann, relay)
+    join_by(bob, make_link(ann), "Bob")
+    write(ann, "ferry at nine")
+    hears(bob, "ferry at nine")
+    act(bob, "ferry at nine", "Pin")
+    ann.css("#pinned").says("Ann ferry at nine")
+    ann.css("#pinned").click()
+    ann.wait("document.activeElement.matches('article')")
+    ann.click("button", "Poll or timer")
+    ann.find("menuitem", "Poll").click()
+    poll = ann.find("dialog", "New poll")
+    poll.find("textbox", "Question").fill("When?")
+    poll.find("button", "Send poll").click()
+    poll.says("A poll needs at least two different choices.")
+    poll.find("textbox", "Choices, one a line").fill("Sat\nSun")
+    poll.find("button", "Send poll").click()
+    bob.find("button", "Sun, 0 votes").click()
+    ann.find("button", "Sun, 1 vote").appears()
+    box = bob.find("textbox", "Message")
+    box.fill("hey @a")
+    bob.find("option", "Ann").appears()
+    box.press("Enter")
+    assert box.value() == "hey @Ann "
+    box.press("Enter")
+    hears(ann, "hey @Ann")
+    assert ann.css(".at.me").text() == "@Ann"
+    write(bob, "/nick Robert")
+    write(bob, "/me waves")
+    hears(ann, "Robert waves")
+    write(bob, "/wave")
+    bob.css("#say").says("There is no command /wave")
+    assert box.value() == "/wave"
+    bob.click("button", "Dismiss")
+    write(bob, "//etc/hosts")
+    hears(ann, "/etc/hosts")
+    assert not [text for text in articles(ann) if "/wave" in text or "/nick" in text]
+    write(ann, "/help")
+    ann.find("dialog", "Commands and keys").says("Hides what stands here")
+    ann.press("Escape")
+    act(ann, "hey @Ann", "Select")
+    said(ann, "ferry at nine").find("checkbox", "Select").click()
+    picked = ann.css("#picked")
+    picked.says("2 selected")
+    assert not picked.find("button", "Delete").count(), "one of them is Robert's"
+    picked.find("button", "Forward").click()
+    ann.find("dialog", "Forward").find("checkbox", "Kitchen").click()
+    ann.find("dialog", "Forward").find("button", "Forward").click()
+    picked.vanishes()
+    eventually(lambda: "hey @Ann" in ann.css("#rooms").text(), "it stands in the other room")
+    bob.click("button", "Poll or timer")
+    bob.find("menuitem", "This message disappears").click()
+    bob.find("menuitem", "After 5 seconds").click()
+    write(bob, "soon gone")
+    hears(ann, "soon gone")
+    for user in (ann, bob):
+        eventually(functools.partial(is_without, user, "soon gone"), "it goes from both")
+    act(ann, "ferry at nine", "Who has it")
+    eventually(lambda: "Read" in ann.find("dialog", "Who has it").text(), "Robert is seen to have read it")
+    ann.press("Escape")
+    ann.click("button", "Settings")
+    choose(ann.find("dialog", "Settings"), "Disappearing messages", "3600")
+    eventually(lambda: "Ann set disappearing messages: After 1 hour." in bob.css("body").text(), "all are told")
+    box.fill("not sent yet")
+    bob.click("button", "Rooms")
+    rooms = bob.find("list", "Rooms")
+    rooms.says("Draft: not sent yet")
+    bob.reload()
+    rooms.says("Draft: not sent yet")
+    rooms.find("link").click()
+    eventually(lambda: box.value() == "not sent yet", "the draft outlives the page")
 
 
 # ------------------------------------------------------------------------------------------------------------- files --
