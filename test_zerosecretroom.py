@@ -15691,6 +15691,35 @@ def test_photos_travel_without_their_place_and_with_a_small_picture(
     assert bob.css("#show-frame img").js("(e) => e.alt") == "one.jpg"
 
 
+@on_engines("chromium")
+def test_files_are_saved_together_deleted_from_the_device_and_fetched_again(
+    arrive: Arrive, relay: Relay, tmp_path: Path, engine: str
+) -> None:
+    files = {"a.txt": b"one", "b.bin": bytes(5000)}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    ann, bob = meet(arrive, relay, engine)
+    bob.click("button", "Settings")
+    bob.js("Object.assign(document.getElementById('set-fetch'), {value: '0'}).dispatchEvent(new Event('change'))")
+    ann.upload(*[tmp_path / name for name in files])
+    for name in files:
+        bob.find("button", f"Download {name}").appears()
+    bob.find("status", re.compile("Connected")).count()
+    assert bob.js("document.querySelectorAll('#shelf li').length") == 0, "nothing was fetched unasked"
+    bob.js("document.getElementById('d-settings').close()")
+    for name, data in files.items():
+        assert save(bob, name).sha256 == sha256(data)
+    bob.click("button", "Settings")
+    shelf = bob.find("list", "Files on this device")
+    press(bob, "Save all")
+    assert bob.wait("testSaves[2]?.name") == "Harbour, files.zip"
+    press(bob, "Delete b.bin from this device")
+    eventually(lambda: "b.bin" not in shelf.text(), "it is gone")
+    bob.js("document.getElementById('d-settings').close()")
+    assert "Deleted from this device" in article(bob, "b.bin")
+    assert save(bob, "b.bin").sha256 == sha256(files["b.bin"])
+
+
 EVIL = "<script>window.pwned = 1</script><svg xmlns='http://www.w3.org/2000/svg' onload='window.pwned = 1'/>"
 EVIL_NAMES = (
     "page.html",
