@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=071c170299588a65bc0339841b3b114e49fa10020cd8b9651112d8795180317d
-  SHA256_PAGE=a30826ef478439faf86094fb444caabc5aaa4ec9413a7c1bfe6c74df6b48aadb
+  SHA256_PROGRAM=19df4f94a29ef026f207e1f87ad3bdb01664c2214ec1c276ed2bcf472ac00d41
+  SHA256_PAGE=ea6228476b73e5e143f175115e6bb904fba23285970d3065fb7b2c21bcc09168
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
