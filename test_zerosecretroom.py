@@ -1541,7 +1541,8 @@ SINKS |= {"setHTMLUnsafe", "parseHTMLUnsafe", "DOMParser", "importScripts", "cre
 
 def test_no_block_has_a_way_from_text_to_markup_or_script() -> None:
     found = {room["id"]: sorted(SINKS & (set(room["names"]) | set(room["globals"]))) for room in rooms()}
-    assert {room: names for room, names in found.items() if names} == {}
+    saves = {"room-73-files": ["write"]}  # into the place on disk that somebody chose
+    assert {room: names for room, names in found.items() if names} == saves
     assert [room["id"] for room in rooms() if {"write", "writeln"} & set(room["members"].get("document", []))] == []
 
 
@@ -2673,6 +2674,7 @@ class WantNote:
     what: zsr.U8
     author: zsr.Id
     file_id: zsr.Id
+    from_: zsr.U32
 
 
 @dataclass(frozen=True, slots=True)
