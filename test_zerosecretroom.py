@@ -16030,6 +16030,39 @@ def test_files_are_saved_together_deleted_from_the_device_and_fetched_again(
     assert save(bob, "b.bin").sha256 == sha256(files["b.bin"])
 
 
+# a tone of the page's own in the place of a microphone
+TONE_SCRIPT = """(() => {
+  const context = new AudioContext(), tone = context.createOscillator(), end = context.createMediaStreamDestination();
+  tone.connect(end);
+  tone.start();
+  context.resume();
+  navigator.mediaDevices.getUserMedia = async () => end.stream.clone();
+})()"""
+HOLD_SCRIPT = """(() => {
+  const e = document.getElementById('voice');
+  e.setPointerCapture = () => {};
+  e.dispatchEvent(new PointerEvent('%s', {pointerId: 1, clientX: %d, clientY: 0}));
+})()"""
+
+
+@on_engines("chromium", "firefox")
+def test_a_voice_note_is_recorded_while_the_button_is_held(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    ann.js(TONE_SCRIPT)
+    ann.js(HOLD_SCRIPT % ("pointerdown", 0))
+    ann.css("#voice-said").says("Recording")
+    ann.js("new Promise((go) => setTimeout(() => go(0), 1200))")  # what is spoken takes its time
+    ann.js(HOLD_SCRIPT % ("pointerup", 200))
+    eventually(lambda: ann.css("#voice-said").text() == "", "it is dropped")
+    ann.js(HOLD_SCRIPT % ("pointerdown", 0))
+    ann.css("#voice-said").says("Recording")
+    ann.js("new Promise((go) => setTimeout(() => go(0), 1200))")
+    ann.js(HOLD_SCRIPT % ("pointerup", 0))
+    player = bob.css('audio[aria-label^="Voice note"]').appears()
+    eventually(functools.partial(player.js, "(e) => e.readyState > 0"), "it can be played")
+    assert bob.js("document.querySelectorAll('audio').length") == 1, "the one let go elsewhere was not sent"
+
+
 EVIL = "<script>window.pwned = 1</script><svg xmlns='http://www.w3.org/2000/svg' onload='window.pwned = 1'/>"
 EVIL_NAMES = (
     "page.html",
