@@ -17181,6 +17181,9 @@ def test_the_language_changes_at_once_everywhere_and_is_kept(arrive: Arrive, rel
         ann.click("button", button)
         ann.find("heading", title, level=2).appears()
         assert english_left(ann) == [], button
+        ann.size(320, 640)
+        assert ann.js(OVERFLOW_SCRIPT) + ann.js(CUT_SCRIPT) == [], f"German words do not fit: {button}"
+        ann.size(*LAPTOP)
     ann.press("Escape")
     ann.reload()
     ann.find("log", "Nachrichten").says("guten Tag")
@@ -17257,6 +17260,12 @@ def tour_of_a_room(ann: User, bob: User, media: Media) -> Iterator[View]:
     is_delivered(ann, "See you there")
     yield "room", ann
     yield "room of the other", bob
+    bob.find("article", re.compile("^Ann")).nth(0).find("button", "More").click()
+    bob.find("menuitem", "Reply").appears()
+    yield "menu of a message", bob
+    bob.click("menuitem", "Reply")
+    yield "an answer", bob
+    bob.press("Escape")
     ann.css(".state[data-s=delivered]").nth(-1).click()
     yield "who has it", ann
     ann.press("Escape")
@@ -17384,6 +17393,53 @@ def test_axe_would_find_something(arrive: Arrive, relay: Relay, engine: str) -> 
     ann.find("button", "New room").appears()
     ann.js("void document.getElementById('start-new').replaceChildren()")
     assert "button-name" in str(axe_finds(ann)["dark"])
+
+
+@pytest.mark.parametrize("size", [PHONE, LAPTOP], ids=["phone", "laptop"])
+@on_engines("firefox")
+def test_dialogs_take_the_focus_and_give_it_back(
+    arrive: Arrive, relay: Relay, engine: str, size: tuple[int, int]
+) -> None:
+    ann = arrive(engine, size)
+    make_room(ann, relay)
+    is_connected(ann)
+    homes = {"Invite": "Invite to Harbour", "Members": "Members", "Devices": "Devices", "Search": "Words"}
+    for button, home in {**homes, "Settings": "Settings"}.items():
+        ann.find("button", button).press("Enter")
+        eventually(lambda home=home: focused(ann) == home, f"{home} has the focus")  # type: ignore[misc]
+        ann.press("Escape")
+        eventually(lambda button=button: focused(ann) == button, f"the focus returns to {button}")  # type: ignore[misc]
+
+
+TARGETS_SCRIPT = """[...document.querySelectorAll('button, a[href], input, select, textarea')].filter((e) =>
+  e.checkVisibility() && e.type !== 'file' && !e.closest('.text, .prose')).map((e) => {
+  const own = e.closest('label.check') ?? e, box = own.getBoundingClientRect(), wide = getComputedStyle(own, '::after');
+  const grown = wide.content === 'none' || wide.position !== 'absolute' ? [0, 0] : [wide.width, wide.height].map(parseFloat);
+  return [e.getAttribute('aria-label') ?? e.id, Math.max(box.width, grown[0]), Math.max(box.height, grown[1])];
+}).filter(([, width, height]) => Math.min(width, height) < %d)"""
+
+
+@on_engines("chromium")
+def test_fingers_hit_what_they_mean_and_the_keyboard_hides_no_field(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """44 pixels with a coarse pointer; 24 (WCAG 2.5.8) for what stands in a line of text."""
+    ann, bob = arrive(engine, PHONE), arrive(engine, PHONE)
+    ann.goto(relay.url())
+    ann.find("button", "New room").appears()
+    assert ann.js(TARGETS_SCRIPT % 44) == []
+    make_room(ann, relay)
+    join_by(bob, make_link(ann), "Bob")
+    write(ann, "hello")
+    hears(bob, "hello")
+    for user in (ann, bob):
+        assert user.js(TARGETS_SCRIPT % 24) == []
+    for button in ("Invite", "Members", "Devices", "Search", "Settings"):
+        ann.click("button", button)
+        assert ann.js(TARGETS_SCRIPT.replace("document", "document.querySelector('dialog[open]')") % 44) == [], button
+        ann.press("Escape")
+    ann.size(390, 400)  # what a keyboard leaves of the page: interactive-widget=resizes-content
+    ann.css("#text").click()
+    assert ann.js("document.getElementById('write').getBoundingClientRect().bottom <= innerHeight")
+    assert ann.js("document.getElementById('log').clientHeight") > 150
 
 
 # ------------------------------------------------------------------------------------------------------------ colours --
