@@ -173,6 +173,7 @@ class Limits:
     conn_bytes: int = 65_536  # bytes charged for a connection: 49 KB were measured, and half a TLS record may wait
     link_share: float = 0.25  # of all memory, for what comes and goes; beyond, whoever holds most of it is cut
     link_least: int = 16 << 20  # bytes of that in any case: four of the largest messages
+    messages_at_once: int = 16  # of one socket, before it is seen how much it asked for
     odd_frames: int = 1000  # WebSocket frames a tick that end no message: pings, fragments; pages send some ten
     silence: float = 60.0  # s without a byte before a socket counts as dead: pages ping after 20
     head_bytes: int = 16_384  # bytes of a request head: browsers send 1 KB
@@ -2015,18 +2016,25 @@ class Rooms:
 
     def handle(self, conn: Hashable, message: bytes, now: float) -> Effects:
         """A message of a socket: each of its frames is taken whole, or refused and told so."""
+        return self.handle_all(conn, (message,), now)
+
+    def handle_all(self, conn: Hashable, messages: Sequence[bytes], now: float) -> Effects:
+        """Messages of one socket that came together, each as by itself."""
         peer, self._out = self._peers.get(conn), []
         if peer is None:
             return []
-        frames: list[bytes] = []
-        try:
-            frames = split_frames(message, self._limits.frames_a_message)
-        except PeerFault as fault:
-            self._refused(peer, fault, 0, now)
-        for data in frames:
-            if conn in self._peers:
-                self._frame(peer, data, now)
-        if wait := peer.pace.spend(len(frames) or 1, len(message), self._limits, now):
+        count = 0
+        for message in messages:
+            frames: list[bytes] = []
+            try:
+                frames = split_frames(message, self._limits.frames_a_message)
+            except PeerFault as fault:
+                self._refused(peer, fault, 0, now)
+            count += len(frames) or 1
+            for data in frames:
+                if conn in self._peers:
+                    self._frame(peer, data, now)
+        if wait := peer.pace.spend(count, sum(map(len, messages)), self._limits, now):
             self._slow_down(peer, wait)
         return self._out
 
@@ -3789,7 +3797,6 @@ HEAD, OPEN, CLOSING, GONE = "head", "open", "closing", "gone"
 
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 THIS_MACHINE = ("127.0.0.1",)  # where who comes through a Unix socket is
-DATA = (Opcode.BINARY, Opcode.CONT, Opcode.TEXT)
 
 Message = tuple[bytes, ...]  # the bytes of a WebSocket message, in pieces so that a large frame is not copied
 
@@ -3871,12 +3878,6 @@ class Tls:
         with suppress(ssl.SSLError, ValueError):
             self._tls.unwrap()
         return self.pending()
-
-
-def wire_size(frame: Frame) -> int:
-    """The bytes a client's frame took, which is masked (RFC 6455, 5.2)."""
-    size = len(frame.data)
-    return size + (6 if size < 126 else 8 if size < 65536 else 14)
 
 
 def binary_header(size: int) -> bytes:
@@ -4136,10 +4137,8 @@ class Conn(asyncio.Protocol):
 
     def _read_socket(self, socket_: ServerProtocol) -> None:
         events = [event for event in socket_.events_received() if isinstance(event, Frame)]
-        self._coming = max(0, self._coming - sum(wire_size(event) for event in events))
-        self._odd += sum(1 for event in events if not event.fin or event.opcode not in DATA)
-        if self._odd > self._link.limits.odd_frames:
-            self.cut(CLOSE_ODD, "too many frames that end no message")
+        if events:  # a masked frame's head has at most 14 bytes (RFC 6455, 5.2)
+            self._coming = max(0, self._coming - sum([len(event.data) + 14 for event in events]))
         if self.state == OPEN:
             self._events.extend(events)
             self._work()
@@ -4153,23 +4152,39 @@ class Conn(asyncio.Protocol):
     def _work(self) -> None:
         """Hands what was received to Rooms, as long as the peer also takes what it asked for."""
         while self._events and self.state == OPEN and not self._waits and self._answers < self._link.limits.outbox:
-            frame = self._events.popleft()
-            if frame.opcode in (Opcode.BINARY, Opcode.CONT):
-                self._assemble(frame)
-            elif frame.opcode is Opcode.TEXT:
-                self.close(CLOSE_NOT_BYTES, "messages are binary")
+            if messages := self._messages():
+                self._link.handle(self, messages)
+        if self._odd > self._link.limits.odd_frames:
+            self.cut(CLOSE_ODD, "too many frames that end no message")
         if (self._events or self._waits) and self.state == OPEN:
             self._transport.pause_reading()
 
-    def _assemble(self, frame: Frame) -> None:
-        if frame.fin and not self._parts:
-            self._link.handle(self, bytes(frame.data))
-            return
+    def _messages(self) -> list[bytes]:
+        """Some of the whole messages among what was received: what is done once for all of them is cheap."""
+        messages: list[bytes] = []
+        while self._events and len(messages) < self._link.limits.messages_at_once:
+            frame = self._events[0]
+            if frame.opcode is Opcode.TEXT:
+                if not messages:
+                    self.close(CLOSE_NOT_BYTES, "messages are binary")
+                    self._events.clear()
+                break
+            self._events.popleft()
+            if frame.opcode is not Opcode.BINARY and frame.opcode is not Opcode.CONT:
+                self._odd += 1
+            elif frame.fin and not self._parts:
+                messages.append(bytes(frame.data))
+            else:
+                self._assemble(frame, messages)
+        return messages
+
+    def _assemble(self, frame: Frame, messages: list[bytes]) -> None:
         self._parts += frame.data
         if frame.fin:
-            message = bytes(self._parts)
+            messages.append(bytes(self._parts))
             self._parts.clear()
-            self._link.handle(self, message)
+        else:
+            self._odd += 1
 
     def wait(self, seconds: float) -> None:
         """Reads nothing for a while."""
@@ -4564,9 +4579,9 @@ class Link:
     def enter(self, conn: Conn, room_path: str) -> None:
         self._transit(conn, functools.partial(self._rooms.enter, origin=conn.place), conn, room_path)
 
-    def handle(self, conn: Conn, message: bytes) -> None:
-        self._messages += 1
-        self._transit(conn, self._rooms.handle, conn, message)
+    def handle(self, conn: Conn, messages: list[bytes]) -> None:
+        self._messages += len(messages)
+        self._transit(conn, self._rooms.handle_all, conn, messages)
 
     # ── effects ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def _transit(self, cause: Conn | None, transition: Callable[..., Effects], *arguments: object) -> None:
