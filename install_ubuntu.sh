@@ -37,8 +37,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=19df4f94a29ef026f207e1f87ad3bdb01664c2214ec1c276ed2bcf472ac00d41
-  SHA256_PAGE=ea6228476b73e5e143f175115e6bb904fba23285970d3065fb7b2c21bcc09168
+  SHA256_PROGRAM=11252b3c893b4577563a064ca8432db8c130c1de5134e5e52f0ea2c4da56d85f
+  SHA256_PAGE=9180ab93aa3593003fed231edce95a33754dfa9fc34f5f6ecea658768f562465
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
