@@ -15871,6 +15871,7 @@ class SlowLine:
     def __init__(self, relay: Relay, rate: float) -> None:
         self.relay, self.rate, self.port = relay, rate, free_port()
         self.free = {"up": 0.0, "down": 0.0}  # until when each direction is taken
+        self.carried = {"up": 0, "down": 0}  # bytes
         self.lock = threading.Lock()
         self.sockets = set[socket.socket]()
         self.listener = self.short(socket.socket())
@@ -15899,7 +15900,9 @@ class SlowLine:
                 near, _ = self.listener.accept()
                 far = self.short(socket.socket())
                 self.sockets |= {near, far}
-                far.connect(("127.0.0.1", self.relay.port))
+                if far.connect_ex(("127.0.0.1", self.relay.port)):
+                    near.close()
+                    continue
                 for one, other, way in ((near, far, "up"), (far, near, "down")):
                     self.run(self.carry, one, other, way)
 
@@ -15908,6 +15911,7 @@ class SlowLine:
             while data := source.recv(32 << 10):
                 with self.lock:
                     now = time.monotonic()
+                    self.carried[way] += len(data)
                     self.free[way] = until = max(now, self.free[way]) + len(data) / self.rate
                 time.sleep(max(0.0, until - now))
                 sink.sendall(data)
@@ -19081,6 +19085,47 @@ def test_text_hardly_waits_for_a_file(arrive: Arrive, relay: Relay) -> None:
         ann.js(SEND_SCRIPT % "long.mp4")
         beside = text_latencies(ann, bob, range(100, 130), 0.1)
         show("p95 of text beside a file / alone", p95(beside) / p95(alone), f"{p95(beside):.3f} s / {p95(alone):.3f} s")
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("size", "cuts", "kills"), [(128 << 20, 6, 1), (2 << 30, 20, 3)])
+def test_a_large_file_survives_resets_and_kills(
+    arrive: Arrive, relay: Relay, tmp_path: Path, size: int, cuts: int, kills: int
+) -> None:
+    """The second is for a quiet machine with 10 GB of disk to spare."""
+    dice, digest = random.Random(6), hashlib.sha256()
+    with open(tmp_path / "long.bin", "wb") as file:
+        for _ in range(size >> 20):
+            piece = dice.randbytes(1 << 20)
+            digest.update(piece)
+            file.write(piece)
+    with slow_line(relay, 1e9) as line:
+        ann, bob = meet(arrive, cast("Relay", line), "chromium")
+        bob.js("void delete window.showSaveFilePicker")
+        ann.upload(tmp_path / "long.bin")
+        bob.find("button", "Download long.bin").appears()
+        before = line.carried["up"]
+        bob.js("document.querySelector('button[aria-label=\"Download long.bin\"]').click()")
+        bob.find("progressbar", "long.bin").appears()
+        breaks = sorted(
+            [(dice.random(), line.cut) for _ in range(cuts)] + [(dice.random(), relay.kill) for _ in range(kills)],
+            key=lambda each: each[0],
+        )
+        for at, break_ in breaks:
+            bob.wait(
+                f"!document.querySelector('article progress') || document.querySelector('article progress').value >= {at}",
+                1800,
+            )
+            break_()
+            if break_ == relay.kill:
+                relay.start()
+        bob.wait("!document.querySelector('article progress')", 1800)
+        again = (line.carried["up"] - before) / size - 1
+        assert isinstance(bob, PlaywrightUser)
+        assert sha256(bob.download(bob.find("button", "Download long.bin"))[1]) == digest.hexdigest()
+    show(f"{size >> 20} MiB, {cuts} resets, {kills} kills: carried beyond its size", again, f"{again:.2%}")
 
 
 def usable_seconds(arrive: Arrive, url: str, ready: str) -> float:
