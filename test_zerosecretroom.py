@@ -8896,6 +8896,9 @@ class TestMarkdown:
     def test_light_marks_mean_what_people_expect(self, markdown: Node, text: str, meant: list[str]) -> None:
         assert as_blocks(markdown.call("Markdown.parse", text)) == meant
 
+    def test_a_quote_shows_the_words_alone(self, markdown: Node) -> None:
+        assert markdown.call("Markdown.bare", "**so** `x`\n> a\n> b\n- c\n```\nd\n```") == "so x a b c d"
+
     @given(text=st.text(alphabet="ab *_~`>-1.\n#漢", max_size=200))
     @settings(max_examples=200, deadline=None, database=None)
     def test_no_letter_is_lost_and_no_mark_is_made_up(self, markdown: Node, text: str) -> None:
@@ -9100,6 +9103,60 @@ class TestMessages:
         assert [p["text"] for p in lab.room(bob)["pins"]] == ["long, long ago"]
         assert lab.do(bob, "reach", key=key)
         assert message(lab, bob, "long, long ago")["edits"]
+
+    def test_what_is_forwarded_is_said_again_in_the_other_room(self, lab: Laboratory) -> None:
+        _, (ana, bob, _) = room_of_three(lab)
+        lab.do(ana, "send", text="over there")
+        other = lab.create(ana, "Elsewhere")
+        here, there = sorted(lab.node.call("Lab.rooms", ana), key=lambda room: room == other)
+        lab.do(ana, "go", to={"at": "room", "id": here})
+        key = key_of(lab, ana, "over there")
+        lab.do(ana, "edit", key=key, text="over there!")
+        lab.do(ana, "forward", keys=[key], to=[there])
+        lab.do(ana, "go", to={"at": "room", "id": there})
+        assert lab.texts(ana) == ["over there!"]
+        with pytest.raises(Refused):
+            lab.do(bob, "forward", keys=["00.1"], to=[there])
+
+    def test_a_draft_outlives_the_page_and_what_is_cleared_is_only_hidden(self, lab: Laboratory) -> None:
+        room, (ana, *_) = room_of_three(lab)
+        lab.do(ana, "send", text="old")
+        lab.do(ana, "draft", id=room, text="not yet")
+        lab.do(ana, "clear")
+        assert lab.texts(ana) == []
+        lab.do(ana, "send", text="new")
+        assert lab.texts(ana) == ["new"]
+        lab.crash(ana)
+        lab.settle(3)
+        assert lab.texts(ana) == ["old", "new"]
+        assert [lab.room(ana)["draft"], lab.model(ana)["rooms"][0]["draft"]] == ["not yet"] * 2
+
+    def test_in_the_demo_room_all_of_it_works_without_a_disk(self, lab: Laboratory) -> None:
+        dora, emil = fresh("dora", "emil")
+        lab.start(dora, emil)
+        for name in (dora, emil):
+            lab.do(name, "demo", name=name)
+        lab.settle(3)
+        lab.do(dora, "send", text="anyone?")
+        lab.settle(3)
+        key = key_of(lab, emil, "anyone?")
+        lab.do(emil, "send", text="me", key=key)
+        lab.do(emil, "react", key=key, emoji="👍")
+        lab.settle(3)
+        lab.do(dora, "edit", key=key, text="anyone here?")
+        lab.settle(3)
+        for name in (dora, emil):
+            m = message(lab, name, "anyone here?")
+            assert ([r["names"] for r in m["reactions"]], len(m["edits"])) == ([[emil]], 1)
+            assert message(lab, name, "me")["quote"]["text"] == "anyone here?"
+        lab.do(emil, "react", key=key, emoji="👍")
+        with pytest.raises(Refused, match="someone else"):
+            lab.do(emil, "delete", keys=[key])
+        lab.settle(3)
+        assert [message(lab, name, "anyone here?")["reactions"] for name in (dora, emil)] == [[], []]
+        lab.do(dora, "delete", keys=[key])
+        lab.settle(3)
+        assert [lab.texts(name) for name in (dora, emil)] == [["me"], ["me"]]
 
 
 class TestDisappearing:
@@ -15686,6 +15743,15 @@ def act(user: User, text: str, item: str) -> None:
     user.find("menuitem", item).click()
 
 
+def finger(spot: Spot, *moves: int) -> None:
+    """A finger is put on a message and moved so far to the right, in steps; it stays there unless it moves."""
+    spot.js(
+        "(e) => { const fire = (type, x) => e.dispatchEvent(new PointerEvent(type, {bubbles: true, pointerType: 'touch',"
+        " isPrimary: true, pointerId: 7, clientX: 50 + x, clientY: 50})); fire('pointerdown', 0);"
+        f" for (const x of {list(moves)}) fire('pointermove', x); if ({len(moves)}) fire('pointerup', 0); }}"
+    )
+
+
 @on_engines()
 def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arrive, relay: Relay, engine: str) -> None:
     ann, bob = meet(arrive, relay, engine)
@@ -15718,6 +15784,14 @@ def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arri
     hears(bob, "meet there")
     said(bob, "meet there").find("button", "Edited, show earlier versions").click()
     bob.find("dialog", "Earlier versions").says("meet here a*b @Bob <i>x</i>")
+    bob.press("Escape")
+    finger(said(bob, "meet there"), 20, 70)
+    bob.css("#about-text").says("Reply to Ann: meet there")
+    bob.find("button", "Cancel").click()
+    finger(said(bob, "meet there"), 20, 30)
+    assert not bob.css("#about-text").text(), "a short move is no swipe"
+    finger(said(bob, "meet there"))
+    bob.find("menuitem", "Reply").appears()
     bob.press("Escape")
     act(ann, "meet there", "Copy")
     assert ann.find("menuitem").count() == 0
