@@ -6807,6 +6807,7 @@ const Rig = (() => {
     fill: (count, size) => { for (let n = 0; n < count; n += 1) line.send(new Uint8Array(size)); },
     buffered: () => line.buffered(),
     retry: () => line.retry(),
+    hold: (ms) => line.hold(ms),
     close: () => line.close(),
   };
 })();
@@ -6942,6 +6943,18 @@ class TestTryingAgain:
             assert line.comes("waiting", count)["ms"] == wait
             line.pass_time(wait)
         assert line.left()[0] == 1
+
+    @pytest.mark.parametrize(("spread", "asked"), [(0, 8000), (0.5, 12_000)])
+    def test_one_wait_is_as_long_as_the_other_side_asked_for(
+        self, line: Line, nowhere: str, spread: float, asked: int
+    ) -> None:
+        line.connect(nowhere, spread)
+        first = line.comes("waiting")["ms"]
+        line.hold(8000)
+        line.pass_time(first)
+        assert line.comes("waiting", 2)["ms"] == asked
+        line.pass_time(asked)
+        assert line.comes("waiting", 3)["ms"] == 2000 * (1 + spread)
 
     def test_a_relay_that_restarts_is_found_again(self, line: Line, peer: Peer) -> None:
         line.opened(peer.url)
