@@ -14,11 +14,13 @@ Sections, each only leaning on earlier ones:
     messages        answers, edits, deletions, reactions, votes: the same for all in whatever order they come
     vault           the passphrase, the lock, export and import, and what a thief of the disk can do
     socket          real TLS sockets, limits, slow readers, restarts, secrecy
+    load            limits, hostile bytes, faults, chaos, many relays behind nginx and HAProxy
     browser         two people doing the whole main job in Chromium, Firefox and WebKitGTK
     install         both installers, as text and in booted containers: install, upgrade, roll back, certificates
     bench           ratios against the plainest thing that does the same
 
-`bash .ci/test` installs what they need and runs them; marks: browser, install, bench (only with `-m bench`).
+`bash .ci/test` installs what they need and runs them; marks: browser, install, bench and fuzz (these two only
+with `-m`).
 """
 
 from __future__ import annotations
