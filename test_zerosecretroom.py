@@ -14,11 +14,13 @@ Sections, each only leaning on earlier ones:
     messages        answers, edits, deletions, reactions, votes: the same for all in whatever order they come
     vault           the passphrase, the lock, export and import, and what a thief of the disk can do
     socket          real TLS sockets, limits, slow readers, restarts, secrecy
+    load            limits, hostile bytes, faults, chaos, many relays behind nginx and HAProxy
     browser         two people doing the whole main job in Chromium, Firefox and WebKitGTK
     install         both installers, as text and in booted containers: install, upgrade, roll back, certificates
     bench           ratios against the plainest thing that does the same
 
-`bash .ci/test` installs what they need and runs them; marks: browser, install, bench (only with `-m bench`).
+`bash .ci/test` installs what they need and runs them; marks: browser, install, bench and fuzz (these two only
+with `-m`).
 """
 
 from __future__ import annotations
@@ -6807,6 +6809,7 @@ const Rig = (() => {
     fill: (count, size) => { for (let n = 0; n < count; n += 1) line.send(new Uint8Array(size)); },
     buffered: () => line.buffered(),
     retry: () => line.retry(),
+    hold: (ms) => line.hold(ms),
     close: () => line.close(),
   };
 })();
@@ -6942,6 +6945,18 @@ class TestTryingAgain:
             assert line.comes("waiting", count)["ms"] == wait
             line.pass_time(wait)
         assert line.left()[0] == 1
+
+    @pytest.mark.parametrize(("spread", "asked"), [(0, 8000), (0.5, 12_000)])
+    def test_one_wait_is_as_long_as_the_other_side_asked_for(
+        self, line: Line, nowhere: str, spread: float, asked: int
+    ) -> None:
+        line.connect(nowhere, spread)
+        first = line.comes("waiting")["ms"]
+        line.hold(8000)
+        line.pass_time(first)
+        assert line.comes("waiting", 2)["ms"] == asked
+        line.pass_time(asked)
+        assert line.comes("waiting", 3)["ms"] == 2000 * (1 + spread)
 
     def test_a_relay_that_restarts_is_found_again(self, line: Line, peer: Peer) -> None:
         line.opened(peer.url)
@@ -18951,6 +18966,94 @@ def test_a_delivery_costs_a_fraction_of_a_bare_broadcast(
         )
     assert memory <= 60
     assert cost <= bare_cost * 0.15  # 1.0 us where the bare server takes 6.6
+
+
+NODE_SERVER = """
+const {readFileSync} = require('fs'), {WebSocketServer} = require('ws');
+const [cert, key, port] = process.argv.slice(1);
+const https = require('https').createServer({cert: readFileSync(cert), key: readFileSync(key)});
+const all = new WebSocketServer({server: https, perMessageDeflate: false});
+all.on('connection', (one) => one.on('message', (data) => {
+  for (const other of all.clients) other.send(data, {binary: true});
+}));
+https.listen(Number(port), '127.0.0.1', () => console.log('page '));
+"""
+
+
+class NodeServer(BareServer):
+    """The same in node, with the package `ws`."""
+
+    @property
+    def command(self) -> list[str]:
+        files = [str(self.state / zsr.TLS_CERT), str(self.state / zsr.TLS_KEY)]
+        return ["node", "-e", NODE_SERVER, *files, str(self.port)]
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(1800)
+def test_a_delivery_costs_less_than_one_of_node_ws(
+    servers: tuple[Relay, Relay], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost, _ = asyncio.run(bench_relay(servers[0], 100, 25))
+    node = NodeServer(servers[1].out.parent.with_name("node"), servers[0])
+    try:
+        node.start()
+        node_cost, node_memory = asyncio.run(bench_bare(node, 100, 10))
+    finally:
+        node.kill()
+    with capsys.disabled():
+        print(
+            f"\n100 members: {cost:.2f} us a delivery, ws {node_cost:.2f}, ratio {cost / node_cost:.2f}; ws {node_memory:.0f} KB"
+        )
+    assert cost < node_cost
+
+
+DEVICES = int(os.environ.get("ZSR_BENCH_DEVICES", "10000"))
+STORM = DEVICES // 2
+
+
+async def enter_all(server: Relay, rooms: list[tuple[list[Keys], Made]]) -> list[LoadClient]:
+    """Every member of every room, fifty at a time, each with what brings its room back."""
+    gate = asyncio.Semaphore(50)
+
+    async def one(keys: Keys, made: Made) -> LoadClient:
+        async with gate:
+            return (await enter(server, keys, made))[0]
+
+    return await asyncio.gather(*(one(keys, made) for members, made in rooms for keys in members))
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(3600)
+def test_many_devices_fit_and_all_come_back_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """10,000 connected devices in rooms of five; half of them reconnect at once after a kill. ZSR_BENCH_DEVICES: how many."""
+    relay, rooms = Relay(tmp_path, "--log-level", "warning").start(), [crowd(5) for _ in range(DEVICES // 5)]
+
+    async def measured() -> tuple[float, float, int]:
+        before = relay.rss()
+        clients = await enter_all(relay, rooms)
+        memory = relay.rss()
+        entries = int(metrics(relay)["zsr_rooms"])
+        for client in clients:
+            client.transport.abort()
+        relay.restart()
+        idle = relay.cpu()
+        await enter_all(relay, rooms[: STORM // 5])
+        storm = relay.cpu() - idle
+        assert (entries, int(metrics(relay)["zsr_rooms"])) == (len(rooms), STORM // 5), "none was refused"
+        return (memory - before) / 1024 / DEVICES, storm, memory
+
+    try:
+        each, storm, memory = asyncio.run(measured())
+    finally:
+        relay.kill()
+    with capsys.disabled():
+        print(
+            f"\n{DEVICES} devices in {len(rooms)} rooms: {memory / (1 << 20):.0f} MB, {each:.0f} KB each with its room; "
+            f"{STORM} members restored after a kill with {storm:.1f} s of CPU, {storm / STORM * 1000:.2f} ms each"
+        )
+    assert memory < 600 << 20 or DEVICES > 10_000
+    assert storm < 10 * STORM / 5000
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════

@@ -3908,7 +3908,7 @@ def place_of(text: str) -> str:
 
 
 def is_trusted(text: str, proxies: Sequence[Network]) -> bool:
-    address = read_address(text)
+    address = read_address(text) if proxies else None
     return address is not None and any(address in network for network in proxies)
 
 
