@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=11252b3c893b4577563a064ca8432db8c130c1de5134e5e52f0ea2c4da56d85f
-  SHA256_PAGE=9180ab93aa3593003fed231edce95a33754dfa9fc34f5f6ecea658768f562465
+  SHA256_PROGRAM=4b5f2d570f2adb1720a6cc6d5a14295fc8ab92bf06fff2516e951b3706de0d42
+  SHA256_PAGE=83232aa7404129267ebc37b42f98225db0dc02a10457892dc59901e1d532edc5
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
