@@ -15767,11 +15767,7 @@ def finger(spot: Spot, *moves: int) -> None:
     )
 
 
-@on_engines()
-def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arrive, relay: Relay, engine: str) -> None:
-    ann, bob = meet(arrive, relay, engine)
-    write(ann, "ferry at nine")
-    hears(bob, "ferry at nine")
+def answer_and_react(ann: User, bob: User) -> None:
     said(bob, "ferry at nine").find("button", "More").click()
     items = [bob.find("menuitem").nth(n).text().strip() for n in range(bob.find("menuitem").count())]
     assert items[:2] == ["Reply", "React"]
@@ -15789,6 +15785,9 @@ def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arri
     said(ann, "too early").find("button", "🎂 1: Bob").appears()
     said(ann, "too early").find("button", "🎂 1: Bob").click()
     said(bob, "too early").find("button", re.compile("🎂 2: ")).appears()
+
+
+def edit(ann: User, bob: User) -> None:
     write(ann, "meet **here** `a*b` @Bob <i>x</i>")
     hears(bob, "meet here a*b @Bob <i>x</i>")
     act(ann, "meet here", "Edit")
@@ -15800,6 +15799,9 @@ def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arri
     said(bob, "meet there").find("button", "Edited, show earlier versions").click()
     bob.find("dialog", "Earlier versions").says("meet here a*b @Bob <i>x</i>")
     bob.press("Escape")
+
+
+def swipe_and_press(bob: User) -> None:
     finger(said(bob, "meet there"), 20, 70)
     bob.css("#about-text").says("Reply to Ann: meet there")
     bob.find("button", "Cancel").click()
@@ -15808,6 +15810,16 @@ def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arri
     finger(said(bob, "meet there"))
     bob.find("menuitem", "Reply").appears()
     bob.press("Escape")
+
+
+@on_engines()
+def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    write(ann, "ferry at nine")
+    hears(bob, "ferry at nine")
+    answer_and_react(ann, bob)
+    edit(ann, bob)
+    swipe_and_press(bob)
     act(ann, "meet there", "Copy")
     assert ann.find("menuitem").count() == 0
     act(ann, "meet there", "Delete")
@@ -15818,16 +15830,7 @@ def test_a_message_is_answered_reacted_to_edited_copied_and_deleted(arrive: Arri
     bob.wait("document.activeElement.matches('article') && document.activeElement.innerText.includes('ferry at nine')")
 
 
-@on_engines("chromium")
-def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay: Relay, engine: str) -> None:
-    ann = arrive(engine)
-    make_room(ann, relay, "Kitchen")
-    bob = arrive(engine, PHONE)
-    ann.goto(relay.url())
-    make_room(ann, relay)
-    join_by(bob, make_link(ann), "Bob")
-    write(ann, "ferry at nine")
-    hears(bob, "ferry at nine")
+def pin_and_vote(ann: User, bob: User) -> None:
     act(bob, "ferry at nine", "Pin")
     ann.css("#pinned").says("Ann ferry at nine")
     ann.css("#pinned").click()
@@ -15842,6 +15845,9 @@ def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay:
     poll.find("button", "Send poll").click()
     bob.find("button", "Sun, 0 votes").click()
     ann.find("button", "Sun, 1 vote").appears()
+
+
+def mention_and_command(ann: User, bob: User) -> None:
     box = bob.find("textbox", "Message")
     box.fill("hey @a")
     bob.find("option", "Ann").appears()
@@ -15863,6 +15869,9 @@ def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay:
     write(ann, "/help")
     ann.find("dialog", "Commands and keys").says("Hides what stands here")
     ann.press("Escape")
+
+
+def forward(ann: User) -> None:
     act(ann, "hey @Ann", "Select")
     said(ann, "ferry at nine").find("checkbox", "Select").click()
     picked = ann.css("#picked")
@@ -15873,6 +15882,9 @@ def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay:
     ann.find("dialog", "Forward").find("button", "Forward").click()
     picked.vanishes()
     eventually(lambda: "hey @Ann" in ann.css("#rooms").text(), "it stands in the other room")
+
+
+def let_disappear(ann: User, bob: User) -> None:
     bob.click("button", "Poll or timer")
     bob.find("menuitem", "This message disappears").click()
     bob.find("menuitem", "After 5 seconds").click()
@@ -15886,6 +15898,10 @@ def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay:
     ann.click("button", "Settings")
     choose(ann.find("dialog", "Settings"), "Disappearing messages", "3600")
     eventually(lambda: "Ann set disappearing messages: After 1 hour." in bob.css("body").text(), "all are told")
+
+
+def keep_a_draft(bob: User) -> None:
+    box = bob.find("textbox", "Message")
     box.fill("not sent yet")
     bob.click("button", "Rooms")
     rooms = bob.find("list", "Rooms")
@@ -15894,6 +15910,23 @@ def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay:
     rooms.says("Draft: not sent yet")
     rooms.find("link").click()
     eventually(lambda: box.value() == "not sent yet", "the draft outlives the page")
+
+
+@on_engines("chromium")
+def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine)
+    make_room(ann, relay, "Kitchen")
+    bob = arrive(engine, PHONE)
+    ann.goto(relay.url())
+    make_room(ann, relay)
+    join_by(bob, make_link(ann), "Bob")
+    write(ann, "ferry at nine")
+    hears(bob, "ferry at nine")
+    pin_and_vote(ann, bob)
+    mention_and_command(ann, bob)
+    forward(ann)
+    let_disappear(ann, bob)
+    keep_a_draft(bob)
 
 
 # ------------------------------------------------------------------------------------------------------------- files --
