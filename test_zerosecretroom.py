@@ -17953,8 +17953,9 @@ def lighthouse(relay: Relay, folder: Path, *categories: str) -> dict[str, Any]:
     command = [str(ROOT / ".ci/node_modules/.bin/lighthouse"), relay.url(), "--quiet", "--preset=desktop"]
     command += ["--output=json", f"--output-path={answer}", f"--only-categories={','.join(categories)}"]
     command += ["--chrome-flags=--headless=new --ignore-certificate-errors " + " ".join(CHROMIUM_ARGS)]
-    environment = {**os.environ, "CHROME_PATH": program("chromium", "chromium-browser"), "TMPDIR": str(folder)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    with tempfile.TemporaryDirectory() as short:  # a socket lies in it, whose path must not be long
+        environment = {**os.environ, "CHROME_PATH": program("chromium", "chromium-browser"), "TMPDIR": short}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr
     return dict(json.loads(answer.read_text("utf-8")))
 
