@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=4b5f2d570f2adb1720a6cc6d5a14295fc8ab92bf06fff2516e951b3706de0d42
-  SHA256_PAGE=a61cf8f0f00b79f9ff4abbfd61f547c70ea9bd190541c81362bf2a4c42117967
+  SHA256_PAGE=a003ea0c429dc41f2715a4857bbe790b0e7a13d5849bccda38c44b7753c1142e
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
