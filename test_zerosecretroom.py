@@ -16080,6 +16080,8 @@ def test_a_transfer_is_paused_reloaded_cut_and_goes_on(
     (tmp_path / "long.bin").write_bytes(content)
     with slow_line(relay, 2e6) as line:
         ann, bob = meet(arrive, cast("Relay", line), engine)
+        for user in (ann, bob):
+            user.excuse()
         ann.upload(tmp_path / "long.bin")
         bob.find("progressbar", "long.bin").appears()
         press(bob, "Pause")
