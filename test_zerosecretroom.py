@@ -14923,12 +14923,13 @@ def in_own_mount(script: str, *command: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE, env=relay_environment({}))
 
 
-needs_mounts = pytest.mark.skipif(
-    os.geteuid() != 0 or in_own_mount("mount -t tmpfs none /mnt", "true").returncode != 0, reason="mounts need root"
-)
+@pytest.fixture
+def mounts() -> None:
+    if reason := why_no_machine():
+        pytest.skip(reason)
 
 
-@needs_mounts
+@pytest.mark.usefixtures("mounts")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     relay = Relay(tmp_path)
     relay.state.mkdir()
@@ -14937,7 +14938,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert "cannot be written (No space left on device): make room there or use --state-dir" in ended.stderr
 
 
-@needs_mounts
+@pytest.mark.usefixtures("mounts")
 def test_a_state_directory_that_is_read_only_serves_as_long_as_all_is_there(tmp_path: Path) -> None:
     relay = Relay(tmp_path)
     relay.state.mkdir()
