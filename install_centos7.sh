@@ -35,7 +35,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=4b5f2d570f2adb1720a6cc6d5a14295fc8ab92bf06fff2516e951b3706de0d42
+  SHA256_PROGRAM=eea69d388ee7326a8081b0e97c3601712b7cfa5f31de6b089b3673614268f765
   SHA256_PAGE=a003ea0c429dc41f2715a4857bbe790b0e7a13d5849bccda38c44b7753c1142e
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

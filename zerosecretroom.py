@@ -1668,6 +1668,13 @@ class Asked(NamedTuple):
     devs: frozenset[bytes]
 
 
+def uncount(counter: Counter[str], key: str) -> None:
+    """One less; what came to nothing is forgotten, or keys would pile up."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
+
+
 class Pace:
     """How much a device may send at once: frames and bytes, which time brings back. What one message brings is taken
     whole and may go below nothing; then nothing is read until it is made up for."""
@@ -2112,9 +2119,7 @@ class Rooms:
         self._acked.discard(room)
         del self._rooms[room.id]
         self._idle.pop(room.id, None)
-        self._brought[room.origin] -= 1
-        if not self._brought[room.origin]:
-            del self._brought[room.origin]
+        uncount(self._brought, room.origin)
 
     def _forget(self, peer: Peer, now: float) -> None:
         room = peer.room
@@ -4500,9 +4505,7 @@ class Link:
         self._conns.discard(conn)
         self._rooms.charge(-self.limits.conn_bytes)
         if conn.place:
-            self._places[conn.place] -= 1
-            if not self._places[conn.place]:
-                del self._places[conn.place]
+            uncount(self._places, conn.place)
         self.depart(conn)
         if not self._conns:
             self._empty.set()
