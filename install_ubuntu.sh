@@ -806,7 +806,10 @@ show_qr_code() {
 }
 
 remove_service() {
-  systemctl disable --now "$APP.socket" "$APP.service" "$APP-acme.timer" >/dev/null 2>&1 || true
+  local unit
+  for unit in "$APP.socket" "$APP.service" "$APP-acme.timer"; do # newer systemctl does nothing at all if one is not there
+    systemctl disable --now "$unit" >/dev/null 2>&1 || true
+  done
   rm -f "$UNITS/$APP".{socket,service} "$UNITS/$APP-acme".{service,timer}
   systemctl daemon-reload
   systemctl reset-failed "$APP.socket" "$APP.service" >/dev/null 2>&1 || true

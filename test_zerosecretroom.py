@@ -18193,7 +18193,7 @@ def test_the_units_for_systemd_219_use_only_what_it_knows(unit: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- for real --
 
-TREE_PACKAGES = "systemd,systemd-sysv,dbus,python3,curl,ca-certificates,iproute2,pebble"
+TREE_PACKAGES = "apt,systemd,systemd-sysv,dbus,python3,curl,ca-certificates,iproute2"
 LATER_PACKAGES = "python3-venv qrencode"
 """What the installer asks apt for: the archives lie in the tree, not yet installed."""
 
@@ -18228,21 +18228,38 @@ def kept(folder: Path, stamp: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def make_tree(folder: Path) -> None:
-    later = f'chroot "$1" apt-get clean && chroot "$1" apt-get install -qq --download-only -y {LATER_PACKAGES}'
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=cleanup/apt", f"--include={TREE_PACKAGES}"]
-    offline = """--customize-hook=echo 'Acquire::Retries "0";' >"$1/etc/apt/apt.conf.d/99offline\""""
-    recommends = "--aptopt=Apt::Install-Recommends false"
-    as_program(*command, recommends, f"--customize-hook={later}", offline, DEBIAN, str(folder), timeout=PATIENCE * 10)
+@dataclass(frozen=True)
+class Release:
+    """A distribution's release: what mmdebstrap knows of it, and the Python (X.Y) it brings if that suffices."""
+
+    suite: str
+    python: str = ""
+    mirror: str = "http://deb.debian.org/debian"
+    components: str = "main"
+    keyring: str = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    more: str = ""
+    unified: bool = False  # its systemd knows control groups of version 2 only
+    early: str = "true"  # what is to be done before its packages are set up
+
+    @property
+    def source(self) -> str:
+        return f"deb [signed-by={self.keyring}] {self.mirror} {self.suite} {self.components}"
+
+    def make_tree(self, folder: Path) -> None:
+        later = f'chroot "$1" apt-get clean; chroot "$1" apt-get install -qq --download-only -y {LATER_PACKAGES}'
+        command = ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=cleanup/apt"]
+        command += [f"--include={TREE_PACKAGES}{self.more}", "--aptopt=Apt::Install-Recommends false"]
+        offline = """--customize-hook=echo 'Acquire::Retries "0";' >"$1/etc/apt/apt.conf.d/99offline\""""
+        hooks = [f"--extract-hook={self.early}", f"--customize-hook={later}", offline]
+        as_program(*command, *hooks, self.suite, str(folder), self.source, timeout=PATIENCE * 20)
 
 
-DEBIAN = "bookworm"
+BOOKWORM = Release("bookworm", "3.11", more=",pebble")
 
 
-def make_wheels(folder: Path, *requirements: str) -> None:
-    version = os.readlink(ROOT / ".ci" / "out" / "debian" / "usr" / "bin" / "python3").removeprefix("python")
+def make_wheels(folder: Path, python: str, requirements: list[str]) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    only = ["--only-binary=:all:", f"--python-version={version}"]
+    only = ["--only-binary=:all:", f"--python-version={python}"]
     as_program(*pip, *only, f"--dest={folder}", *requirements, timeout=PATIENCE * 10)
 
 
@@ -18263,14 +18280,40 @@ class Site:
         as_program("bash", str(self.folder / ".ci" / "pin"))
 
 
+def memory_group(name: str) -> Path | None:
+    """A control group for memory, of version 1 or 2; None where the kernel gives none."""
+    for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+        with contextlib.suppress(OSError):
+            (group := root / name).mkdir(exist_ok=True)
+            if (group / "memory.limit_in_bytes").exists() or (group / "memory.max").exists():
+                return group
+            group.rmdir()
+    return None
+
+
+def within(name: str, memory: int) -> list[str]:
+    """What a command line begins with for a program that gets that many bytes and no more."""
+    group = memory_group(name) if memory else None
+    if group is None:
+        return []
+    limit = next(file for file in (group / "memory.limit_in_bytes", group / "memory.max") if file.exists())
+    limit.write_text(str(memory))
+    return ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh"]
+
+
 class Machine:
-    """A booted Debian. `layers` lie below what it writes, the topmost first."""
+    """A booted Debian or Ubuntu. `layers` lie below what it writes, the topmost first."""
 
     count = 0
 
-    def __init__(self, folder: Path, layers: list[Path]) -> None:
+    def __init__(
+        self, folder: Path, layers: list[Path], wheels: Path | None = None, memory: int = 0, unified: bool = False
+    ) -> None:
+        """`wheels` is what its pip knows instead of an index, `memory` how many bytes it has (0: as many as there are),
+        `unified` whether its control groups are of version 2 though the kernel's are not."""
         Machine.count += 1
-        self.folder, self.layers = folder, layers
+        self.folder, self.layers, self.wheels = folder, layers, wheels or WHEELS
+        self.memory, self.unified = memory, unified
         self.name = f"z{os.getpid() % 100000}n{Machine.count}"
         self.upper, self.root, self.site = folder / "upper", folder / "root", Site(folder / "site")
 
@@ -18285,12 +18328,23 @@ class Machine:
 
     def boot(self) -> None:
         """Returns when its services run."""
-        command = ["systemd-nspawn", "-q", "-D", str(self.root), "-M", self.name, "--register=no", "--keep-unit"]
+        command = [
+            *within(self.name, self.memory),
+            "systemd-nspawn",
+            "-q",
+            "-D",
+            str(self.root),
+            "-M",
+            self.name,
+            "--register=no",
+            "--keep-unit",
+        ]
         command += ["--network-veth", "--kill-signal=SIGRTMIN+3", "--resolv-conf=off", "--timezone=off"]
-        command += [f"--bind-ro={self.site.folder}:/srv/site", f"--bind-ro={WHEELS}:/srv/wheels", "--boot"]
+        command += [f"--bind-ro={self.site.folder}:/srv/site", f"--bind-ro={self.wheels}:/srv/wheels", "--boot"]
+        env = os.environ | ({"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"} if self.unified else {})
         with open(self.folder / "console", "ab") as console:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True, env=env
             )
         eventually(self.is_up, f"{self.name} is up")
         with one_at_a_time():
@@ -18302,7 +18356,8 @@ class Machine:
         as_program("ip", "link", "set", f"ve-{self.name}", "addrgenmode", "none", "up")  # no second address later
         self.sh(f"ip addr add {self.address}/30 dev host0 && ip link set host0 up")
         self.sh("printf '[global]\\nno-index = true\\nfind-links = /srv/wheels\\n' >/etc/pip.conf")
-        self.sh("systemd-run -q --unit=site python3 -m http.server -b 127.0.0.1 -d /srv/site 8000")
+        serve = "cd /srv/site && exec python3 -m http.server -b 127.0.0.1 8000"
+        self.sh(f"systemd-run -q --unit=site sh -c '{serve}'")
         eventually(
             lambda: self.run("curl", "-fso", "/dev/null", f"{SITE}/index.html").returncode == 0, "the site answers"
         )
@@ -18378,15 +18433,20 @@ def why_no_machine() -> str:
     return tried.stderr.strip()
 
 
+def tree_of(release: Release) -> Path:
+    """A bare system of that release, with the archives of what the installer asks for."""
+    stamp = f"{release.source} {TREE_PACKAGES}{release.more} {LATER_PACKAGES}"
+    return kept(WHEELS.with_name(release.suite), stamp, release.make_tree)
+
+
 @pytest.fixture(scope="session")
 def layers() -> list[Path]:
     """The bare tree. It is made anew, with the wheels, when what it is made of changes."""
     if reason := why_no_machine():
         pytest.skip(f"INSTALLERS NOT TRIED: {reason}")
-    tree = kept(WHEELS.with_name("debian"), f"{DEBIAN} {TREE_PACKAGES} {LATER_PACKAGES}", make_tree)
     asked = [*called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines(), called('echo "$CERTBOT"').strip()]
-    kept(WHEELS, f"{DEBIAN} {asked}", lambda folder: make_wheels(folder, *asked))
-    return [tree]
+    kept(WHEELS, f"{BOOKWORM.python} {asked}", lambda folder: make_wheels(folder, BOOKWORM.python, asked))
+    return [tree_of(BOOKWORM)]
 
 
 @pytest.fixture(scope="session")
@@ -18430,7 +18490,7 @@ class Installed:
 @pytest.fixture(scope="session")
 def installed(memory: Path, layers: list[Path]) -> Installed:
     (folder := memory / "installed").mkdir()
-    machine = Machine(folder, layers).start()
+    machine = Machine(folder, layers, memory=512 << 20).start()
     begun = time.monotonic()
     done = machine.install()
     seconds = time.monotonic() - begun
@@ -18477,15 +18537,35 @@ def test_one_line_installs_it_and_says_where_it_is(installed: Installed, boot: B
     assert machine.sh("cat /etc/zerosecretroom.env").count("\nZSR_") == 3
 
 
+def disk_of(*folders: Path) -> int:
+    """Bytes that these take."""
+    told = as_program("du", "-sx", "--block-size=1", *map(str, folders))
+    return sum(int(line.split()[0]) for line in told.splitlines())
+
+
+@on_a_machine
+def test_half_a_gigabyte_of_memory_and_one_of_disk_suffice(installed: Installed) -> None:
+    """The machine was installed within a control group of 512 MB, the disk it writes to included."""
+    assert disk_of(*installed.layers) < 1 << 30
+    group = memory_group("zsr-probe")
+    if group is None:
+        pytest.skip("MEMORY NOT LIMITED: this kernel lets no control group count memory")
+    group.rmdir()
+
+
+def exposure(machine: Machine) -> float:
+    """What systemd makes of the service's unit, from 0 to 10."""
+    told = machine.sh(f"systemd-analyze security --no-pager {SERVICE}")
+    print(told)
+    return float(re.findall(r"Overall exposure level for \S+: ([\d.]+)", told)[0])
+
+
 @on_a_machine
 def test_the_service_is_shut_in(installed: Installed, boot: Boot) -> None:
     machine = boot(installed.layers)
     units = "/etc/systemd/system/zerosecretroom.socket /etc/systemd/system/zerosecretroom.service"
     assert machine.run("systemd-analyze", "verify", *units.split()).stderr == ""
-    told = machine.sh(f"systemd-analyze security --no-pager {SERVICE}")
-    score = float(re.findall(r"Overall exposure level for \S+: ([\d.]+)", told)[0])
-    print(f"\nexposure {score}")
-    assert score <= 0.5, told
+    assert exposure(machine) <= 0.5
     machine.sh(f"systemctl start {SERVICE}")
     pid = machine.sh(f"systemctl show -p MainPID --value {SERVICE}").strip()
     assert machine.sh(f"stat -c %U /proc/{pid}") == "zerosecretroom\n"
@@ -18676,6 +18756,96 @@ def test_the_other_installer_brings_a_python_of_its_own(emptied: list[Path], boo
     again = machine.install(ZSR_PYTHON_SHA256=known, **bring)
     assert again.returncode == 0, again.stderr
     assert "fetching a standalone one" not in again.stdout
+
+
+SIGN_IN = 'for each in auth account; do echo "$each required pam_permit.so" >"$1/etc/pam.d/common-$each"; done'
+"""systemd 229 changes its users before anybody may sign in."""
+
+
+def ubuntu(suite: str, python: str = "", unified: bool = False, early: str = "true") -> Release:
+    keyring = os.environ.get("ZSR_UBUNTU_KEYRING", "/usr/share/keyrings/ubuntu-archive-keyring.gpg")
+    mirror = "http://archive.ubuntu.com/ubuntu"
+    return Release(suite, python, mirror, "main universe", keyring, unified=unified, early=early)
+
+
+RELEASES = [
+    Release("bullseye"),
+    Release("trixie", "3.13"),
+    ubuntu("xenial", early=SIGN_IN),
+    ubuntu("bionic"),
+    ubuntu("focal"),
+    ubuntu("jammy", "3.10"),
+    ubuntu("noble", "3.12"),
+    ubuntu("resolute", "3.14", unified=True),
+]
+
+CARRIED_PYTHON = """#!/bin/sh
+here=$(dirname "$(dirname "$(readlink -f "$0")")")
+exec "$here/lib/ld.so" --argv0 "$0" --library-path "$here/lib" "$here/bin/python3.11" "$@"
+"""
+
+
+def carry_python(tree: Path, archive: Path) -> None:
+    """An archive of the shape of a standalone Python: that of a tree, with its own libraries and their loader."""
+    folder = archive.with_suffix("") / "python"
+    modules = folder / "lib" / "python3.11"
+    (folder / "bin").mkdir(parents=True)
+    shutil.copytree(tree / "usr" / "lib" / "python3.11", modules, symlinks=True)
+    for package in ("python3.11-venv_*", "python3-pip-whl_*", "python3-setuptools-whl_*"):
+        (found,) = (tree / "var" / "cache" / "apt" / "archives").glob(f"{package}.deb")
+        as_program("dpkg-deb", "-x", str(found), str(folder.parent / "deb"))
+    shutil.copytree(folder.parent / "deb" / "usr" / "lib" / "python3.11", modules, dirs_exist_ok=True)
+    shutil.copytree(folder.parent / "deb" / "usr" / "share" / "python-wheels", modules / "ensurepip" / "wheels")
+    start = modules / "ensurepip" / "__init__.py"
+    own = "os.path.join(os.path.dirname(__file__), 'wheels')"
+    start.write_text(start.read_text().replace("sysconfig.get_config_var('WHEEL_PKG_DIR')", own))
+    shutil.copy(tree / "usr" / "bin" / "python3.11", folder / "bin")
+    for library in (tree / "usr" / "lib" / "x86_64-linux-gnu").glob("lib*.so.*"):
+        if library.is_file():
+            shutil.copy(library, folder / "lib")
+    shutil.copy(tree / "lib64" / "ld-linux-x86-64.so.2", folder / "lib" / "ld.so")
+    (folder / "bin" / "python3").write_text(CARRIED_PYTHON)
+    (folder / "bin" / "python3").chmod(0o755)
+    as_program("tar", "-czf", str(archive), "-C", str(folder.parent), "python")
+
+
+@pytest.mark.distributions
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.suite)
+def test_it_runs_on_every_release_it_names(release: Release, layers: list[Path], memory: Path) -> None:
+    """Install by pipe, second run, uninstall; for Ubuntu ZSR_UBUNTU_KEYRING says where its archive's keys lie. Limit:
+    where a standalone Python is fetched, it is Debian's with its libraries, in an archive of the same shape."""
+    python = release.python or BOOKWORM.python
+    asked = called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines()
+    wheels = kept(
+        WHEELS.with_name(f"wheels-{python}"),
+        f"{asked} +",
+        lambda at: make_wheels(at, python, [*asked, "pip", "typing-extensions"]),
+    )
+    (folder := memory / release.suite).mkdir()
+    machine = Machine(folder, [tree_of(release)], wheels, 512 << 20, release.unified).start()
+    try:
+        bring: dict[str, str] = {}
+        if not release.python:
+            archive = machine.site.folder / "python.tar.gz"
+            carry_python(layers[0], archive)
+            bring = {"ZSR_PYTHON_URL": f"{SITE}/{archive.name}", "ZSR_PYTHON_SHA256": sha256(archive.read_bytes())}
+        done = machine.install(**bring)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"  open         https://{machine.address}/\n" in done.stdout
+        assert decode(done.stdout) == [f"https://{machine.address}/"]
+        assert ("fetching a standalone one" in done.stdout) is bool(bring)
+        assert machine.sh("curl -ksf https://127.0.0.1/healthz") == "ok\n"
+        again = machine.install(**bring)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert machine.page_hash() == sha256(PAGE.read_bytes())
+        if machine.sh("systemctl --version").split()[1] >= "247":
+            assert exposure(machine) <= 0.5
+        assert disk_of(*machine.layers, machine.upper) < 1 << 30
+        assert machine.install("--uninstall", ZSR_PURGE="1").returncode == 0
+        assert machine.run("curl", "-ksf", "https://127.0.0.1/healthz").returncode == 7
+    finally:
+        machine.stop()
 
 
 PEBBLE = {
