@@ -270,6 +270,9 @@ print_settings() {
 #ZSR_TRUSTED_PROXY=
 #ZSR_MONITOR=
 
+# auto takes uvloop if the relay's Python has it, asyncio otherwise
+#ZSR_LOOP=auto
+
 # Any other number of the room Limits in zerosecretroom.py: NAME=VALUE, separated by commas, such as connections=5000
 #ZSR_LIMIT=
 
