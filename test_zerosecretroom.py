@@ -12708,8 +12708,7 @@ def test_every_option_has_a_variable_and_the_command_line_wins() -> None:
     assert (limits.max_room_memory, limits.max_file) == (1 << 30, 128 << 20)
     assert (options.allow_null_origin, options.plain, options.log_level) == (True, False, "debug")
     assert not options.local_ca
-    assert (options.log_json, options.log_addresses, options.status) == (True, True, False)
-    assert options.loop == "uvloop"
+    assert (options.log_json, options.log_addresses, options.status, options.loop) == (True, True, False, "uvloop")
     assert (limits.rooms, limits.head_seconds) == (9, 120.0)
     assert list(map(str, options.trusted_proxy)) == ["127.0.0.1/32", "10.0.0.0/8"]
     assert zsr.read_options([], {"ZSR_LOCAL_CA": "1"}).local_ca

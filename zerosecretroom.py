@@ -170,13 +170,13 @@ class Limits:
     consumed_days: int = 30  # days a used invite stays listed beyond its end
     outbox: int = 16 << 20  # bytes of live frames queued for one socket before it counts as too slow
     rooms_an_address: int = 1000  # rooms at once that one address brought: a twentieth of all
-    connections: int = 20_000  # sockets at once: 49 KB each make 1 GB
+    connections: int = 20_000  # sockets at once: 27 KB each make half a GB
     connections_an_address: int = 512  # of these from one IPv4 address or IPv6 /64: a school behind one router
     turned_away: int = 16  # beyond either of the two, at once, that are told why before they are let go
     other_files: int = 32  # descriptors for what is no connection: listeners, the log, certificates being read
     busy_retry_ms: int = 15_000  # ms after which they may try again
     unsent: int = 65_536  # bytes that the system takes of a peer beyond what its line carries just now
-    conn_bytes: int = 65_536  # bytes charged for a connection: 49 KB were measured, and half a TLS record may wait
+    conn_bytes: int = 65_536  # bytes charged for a connection: 27 KB were measured; busy ones take twice that
     link_share: float = 0.25  # of all memory, for what comes and goes; beyond, whoever holds most of it is cut
     link_least: int = 16 << 20  # bytes of that in any case: four of the largest messages
     messages_at_once: int = 16  # of one socket, before it is seen how much it asked for
@@ -1309,11 +1309,17 @@ def must(holds: bool, text: str) -> None:
         raise Forged(text)
 
 
+@functools.lru_cache(maxsize=256)  # a device that arrives has signed its login, its leaf and its consent
+def public_key(point: bytes) -> ec.EllipticCurvePublicKey | None:
+    """The key whose point these bytes are, if they are one's."""
+    return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point) if on_curve(point) else None
+
+
 def verify_signature(key: bytes, label: str, m: bytes, sig: bytes) -> bool:
     """ECDSA P-256/SHA-256 over E(label, m), signature r || s; False also for a key off the curve."""
-    if not on_curve(key):
+    public = public_key(key)
+    if public is None:
         return False
-    public = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), key)
     der = encode_dss_signature(int.from_bytes(sig[:32], "big"), int.from_bytes(sig[32:], "big"))
     try:
         public.verify(der, enc(label, m), ec.ECDSA(hashes.SHA256()))
@@ -3827,7 +3833,7 @@ def _no_password() -> str:
 # The only user of asyncio and websockets. It knows connections and frames, never what is in them. One connection is
 # one object with no task and no timer of its own; frames of one loop tick leave as one message a member.
 #
-# TLS runs here over memory buffers rather than in asyncio's transport: 28 KB a connection instead of 48 (and 290 with
+# TLS runs here over memory buffers rather than in asyncio's transport: 27 KB a connection instead of 48 (and 290 with
 # asyncio's own buffer size) at the same CPU, without touching private attributes, and plain http is told by one byte.
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 log = logging.getLogger("zerosecretroom")
