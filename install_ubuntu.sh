@@ -265,8 +265,22 @@ print_settings() {
 # 1 makes a CA of the relay's own instead, for phones that refuse a self-signed certificate: see /trust
 #ZSR_LOCAL_CA=0
 
-# debug, info, warning or error; no level logs text, names, keys or addresses
+# A proxy in front, whose X-Forwarded-For counts, and who may read /metrics and /healthz beside this machine: addresses
+# or networks, separated by commas
+#ZSR_TRUSTED_PROXY=
+#ZSR_MONITOR=
+
+# auto takes uvloop if the relay's Python has it, asyncio otherwise
+#ZSR_LOOP=auto
+
+# Any other number of the room Limits in zerosecretroom.py: NAME=VALUE, separated by commas, such as connections=5000
+#ZSR_LIMIT=
+
+# debug, info, warning or error; no level logs text, names or keys. 1 logs lines as JSON, or where those who are turned
+# away come from
 #ZSR_LOG_LEVEL=info
+#ZSR_LOG_JSON=0
+#ZSR_LOG_ADDRESSES=0
 
 # 1 lets a page opened from disk connect
 #ZSR_ALLOW_NULL_ORIGIN=0

@@ -65,6 +65,7 @@ import gzip
 import hashlib
 import html
 import http.client
+import importlib
 import ipaddress
 import itertools
 import json
@@ -113,6 +114,11 @@ try:
     from websockets.http11 import Request as Handshake
     from websockets.protocol import State
     from websockets.server import ServerProtocol
+
+    try:
+        from websockets.speedups import apply_mask
+    except ImportError:  # a build without its C part
+        from websockets.utils import apply_mask
 except ImportError as error:
     sys.stderr.write(
         f"zerosecretroom: {error}: install what it needs with: "
@@ -146,7 +152,7 @@ class Limits:
     parsed: int = 7  # times its own bytes that a unit or a roster takes once it is read: measured 6.2 to 6.9
     signatures: int = 65_536  # remembered as good: 10 MB, and all members of a room at a restart
     cache_bytes: int = 32 << 20  # bytes of rosters remembered as good, and of units: several of the largest
-    room_bytes: int = 2304  # bytes charged for a room itself
+    room_bytes: int = 1792  # bytes charged for a room itself: 1,494 were measured
     seat_bytes: int = 320  # bytes charged for a listed device beside what waits for it
     rooms: int = 20_000  # rooms at once: each costs 2 KB even when empty
     devices: int = 1024  # devices in one roster: a verification takes 0.1 ms each
@@ -164,13 +170,13 @@ class Limits:
     consumed_days: int = 30  # days a used invite stays listed beyond its end
     outbox: int = 16 << 20  # bytes of live frames queued for one socket before it counts as too slow
     rooms_an_address: int = 1000  # rooms at once that one address brought: a twentieth of all
-    connections: int = 20_000  # sockets at once: 49 KB each make 1 GB
+    connections: int = 20_000  # sockets at once: 27 KB each make half a GB
     connections_an_address: int = 512  # of these from one IPv4 address or IPv6 /64: a school behind one router
     turned_away: int = 16  # beyond either of the two, at once, that are told why before they are let go
     other_files: int = 32  # descriptors for what is no connection: listeners, the log, certificates being read
     busy_retry_ms: int = 15_000  # ms after which they may try again
     unsent: int = 65_536  # bytes that the system takes of a peer beyond what its line carries just now
-    conn_bytes: int = 65_536  # bytes charged for a connection: 49 KB were measured, and half a TLS record may wait
+    conn_bytes: int = 65_536  # bytes charged for a connection: 27 KB were measured; busy ones take twice that
     link_share: float = 0.25  # of all memory, for what comes and goes; beyond, whoever holds most of it is cut
     link_least: int = 16 << 20  # bytes of that in any case: four of the largest messages
     messages_at_once: int = 16  # of one socket, before it is seen how much it asked for
@@ -378,6 +384,13 @@ class Record:
     def read(self, reader: Reader) -> Any:
         return self.shape(*[codec.read(reader) for codec in self.codecs])
 
+    def read_whole(self, data: bytes, start: int) -> Any:
+        """What stands from `start` to the end of the data."""
+        reader = Reader(data, start)
+        value = self.read(reader)
+        reader.end()
+        return value
+
     def write(self, value: Any, before: bytes = b"") -> bytes:
         parts = [codec.write(getattr(value, name)) for name, codec in zip(self.names, self.codecs, strict=True)]
         return b"".join([before, *parts])
@@ -395,18 +408,31 @@ class Flat(Record):
     tail: bool
 
     def read(self, reader: Reader) -> Any:
-        start = reader.at
-        reader.at = end = start + self.layout.size
-        if end > len(reader.data):
+        values = self._values(reader.data, reader.at)
+        reader.at += self.layout.size
+        return self.shape(*values[:-1], reader.take(values[-1])) if self.tail else self.shape(*values)
+
+    def read_whole(self, data: bytes, start: int) -> Any:
+        values = self._values(data, start)
+        end = start + self.layout.size
+        over = len(data) - end - (values[-1] if self.tail else 0)
+        if over:
+            raise Bad("message has trailing bytes" if over > 0 else "message ends too early")
+        return self.shape(*values[:-1], data[end:]) if self.tail else self.shape(*values)
+
+    def _values(self, data: bytes, start: int) -> tuple[Any, ...]:
+        if start + self.layout.size > len(data):
             raise Bad("message ends too early")
-        values = self.layout.unpack_from(reader.data, start)
+        values = self.layout.unpack_from(data, start)
         for place in self.wide:
             if values[place] > MAX_UINT:
                 raise Bad("number above 2^53")
-        return self.shape(*values[:-1], reader.take(values[-1])) if self.tail else self.shape(*values)
+        return values
 
     def write(self, value: Any, before: bytes = b"") -> bytes:
-        values = self.values(value)
+        return self.pack(self.values(value), before)
+
+    def pack(self, values: tuple[Any, ...], before: bytes = b"") -> bytes:
         for place, size in self.sizes:
             if len(values[place]) != size:
                 raise Bad(f"field is not {size} bytes")
@@ -487,9 +513,7 @@ def encode(value: Any) -> bytes:
 
 def decode(shape: type[T], data: bytes, start: int = 0) -> T:
     """The shape that `data` is from `start` on, whole; raises Bad."""
-    reader = Reader(data, start)
-    value: T = record_of(shape).read(reader)
-    reader.end()
+    value: T = record_of(shape).read_whole(data, start)
     return value
 
 
@@ -1227,6 +1251,16 @@ def encode_frame(frame: Any) -> bytes:
     return record_of(type(frame)).write(frame, CODES[type(frame)])
 
 
+def frame_maker(shape: type[Any]) -> Callable[..., bytes]:
+    """Bytes of a frame of fixed fields from these, in order: for the two that each post brings about."""
+    record, code = record_of(shape), CODES[shape]
+    assert isinstance(record, Flat)
+    return lambda *values: record.pack(values, code)
+
+
+event_frame, sent_frame = frame_maker(DownEvent), frame_maker(DownSent)
+
+
 def decode_frame(data: bytes) -> Any:
     """A frame of either direction; raises Bad."""
     shape = UP.get(data[0]) or DOWN.get(data[0]) if data else None
@@ -1234,15 +1268,19 @@ def decode_frame(data: bytes) -> Any:
         shape = ENTRIES.get(data[9])
     if shape is None:
         raise Bad("frame is of an unknown type")
-    return decode(shape, data, 1)
+    return record_of(shape).read_whole(data, 1)
 
 
 def split_frames(message: bytes, most: int = MAX_UINT) -> list[bytes]:
     """The frames of one socket message, at least one and no more than `most`; raises Bad."""
-    reader = Reader(message)
-    frames = [reader.var(4)]
-    while reader.at < len(message):
-        frames.append(reader.var(4))
+    frames: list[bytes] = []
+    at = 0
+    while at < len(message) or not frames:
+        start = at + 4
+        at = start + int.from_bytes(message[at:start], "big")
+        if at > len(message):
+            raise Bad("message ends too early")
+        frames.append(message[start:at])
         if len(frames) > most:
             raise Bad("message holds too many frames")
     return frames
@@ -1271,11 +1309,17 @@ def must(holds: bool, text: str) -> None:
         raise Forged(text)
 
 
+@functools.lru_cache(maxsize=256)  # a device that arrives has signed its login, its leaf and its consent
+def public_key(point: bytes) -> ec.EllipticCurvePublicKey | None:
+    """The key whose point these bytes are, if they are one's."""
+    return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point) if on_curve(point) else None
+
+
 def verify_signature(key: bytes, label: str, m: bytes, sig: bytes) -> bool:
     """ECDSA P-256/SHA-256 over E(label, m), signature r || s; False also for a key off the curve."""
-    if not on_curve(key):
+    public = public_key(key)
+    if public is None:
         return False
-    public = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), key)
     der = encode_dss_signature(int.from_bytes(sig[:32], "big"), int.from_bytes(sig[32:], "big"))
     try:
         public.verify(der, enc(label, m), ec.ECDSA(hashes.SHA256()))
@@ -1790,6 +1834,9 @@ class Purse:
         self.used = 0
 
 
+NO_ENTRIES: deque[Entry] = deque(maxlen=0)  # every empty log: one of its own would be a third of an idle room
+
+
 class Room:
     """What the relay holds of one room. Its methods never fail: who may change what is judged in Rooms."""
 
@@ -1828,7 +1875,7 @@ class Room:
         self.seats: dict[bytes, Seat] = {}
         self.newcomers: dict[bytes, Peer] = {}  # proved their device, but no roster lists it
         self.conns, self.attended, self.used, self.origin = 0, 0.0, 0, ""
-        self.log: deque[Entry] = deque()
+        self.log = NO_ENTRIES
         self.next = first
         self.acked = False  # since the log was last cut
         self.live: tuple[Hashable, ...] | None = None  # sockets of members; None once that changed
@@ -1859,6 +1906,8 @@ class Room:
     # ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────
     def append(self, frame: bytes, now: float) -> None:
         """Adds the entry whose frame was made for the number `next`."""
+        if not self.log:
+            self.log = deque()
         self.log.append(Entry(self.next, now, frame))
         self.next += 1
         self.charge(self.cost(frame))
@@ -1868,6 +1917,8 @@ class Room:
     def forget(self, count: int) -> list[Entry]:
         """Drops the earliest entries, and gives them back."""
         gone = [self.log.popleft() for _ in range(count)]
+        if not self.log:
+            self.log = NO_ENTRIES
         self.charge(-sum(self.cost(entry.frame) for entry in gone))
         return gone
 
@@ -1958,6 +2009,7 @@ class Rooms:
         wall: Callable[[], int],
     ) -> None:
         self._limits, self._identity, self._run = limits, identity, run
+        self._for_rooms = limits.for_rooms
         self.names = names  # of hosts under which a login counts; another certificate may bring others
         self._random, self._wall = random, wall
         self._verifier = Verifier(limits)
@@ -2068,7 +2120,7 @@ class Rooms:
         for room in self._acked:
             room.trim()
         self._acked.clear()
-        pressed = self._purse.used > self._limits.for_rooms * self._limits.pressed_share
+        pressed = self._purse.used > self._for_rooms * self._limits.pressed_share
         if pressed or now - self._swept >= self._limits.sweep_seconds:
             self._swept = now
             for room in [*self._rooms.values()]:
@@ -2078,7 +2130,7 @@ class Rooms:
     def charge(self, size: int) -> bool:
         """Counts bytes of connections. Rooms that nobody is in make place for them; False: that is not enough."""
         self._purse.used += size
-        idle = self._largest_idle(self._purse.used - self._limits.for_rooms) if size > 0 else []
+        idle = self._largest_idle(self._purse.used - self._for_rooms) if size > 0 else []
         for room in idle or ():
             self._forget_room(room)
         return idle is not None
@@ -2204,12 +2256,13 @@ class Rooms:
         """Makes room for `need` bytes, or raises Full and leaves all as it was. First goes what all have; then the
         earliest that only absent or silent devices lack; then rooms that nobody is in. Files make nothing go."""
         limits = self._limits
-        if max(room.used - share * limits.max_room_memory, self._purse.used - share * limits.for_rooms) + need > 0:
-            room.trim()
+        if max(room.used - share * limits.max_room_memory, self._purse.used - share * self._for_rooms) + need <= 0:
+            return
+        room.trim()
         count = room.spare(room.used + need - limits.max_room_memory, now) if share == 1.0 else 0
         if count is None or (share < 1.0 and room.used + need > share * limits.max_room_memory):
             raise Full("this room holds as much as it may", limits.full_retry_ms)
-        idle = self._largest_idle(self._purse.used + need - int(share * limits.for_rooms))
+        idle = self._largest_idle(self._purse.used + need - int(share * self._for_rooms))
         if idle is None:
             raise Full("this relay holds as much as it may", limits.full_retry_ms)
         self._tell_posters(room, room.forget(count), now)
@@ -2223,7 +2276,7 @@ class Rooms:
             return []
         going: list[Room] = []
         for room in sorted(self._idle.values(), key=lambda each: each.used, reverse=True):
-            if short + self._limits.for_rooms // 64 <= 0:
+            if short + self._for_rooms // 64 <= 0:
                 break
             going.append(room)
             short -= room.used
@@ -2625,11 +2678,11 @@ class Rooms:
         self._under_head(room, frame.epoch, frame.ch)
         self._fits(frame.ct)
         no = room.next
-        entry = encode_frame(DownEvent(no, 1, peer.dev, frame.epoch, frame.ch, frame.ct))
+        entry = event_frame(no, 1, peer.dev, frame.epoch, frame.ch, frame.ct)
         self._afford(room, room.cost(entry), now)
         room.append(entry, now)
         self._out.append(Send(room.members(), entry))
-        self._answer(peer, DownSent(frame.ref, no))
+        self._out.append(Answer((peer.conn,), sent_frame(frame.ref, no)))
 
     def _live(self, peer: Peer, frame: UpLive, now: float) -> None:
         self._under_head(peer.room, frame.epoch, frame.ch)
@@ -3780,7 +3833,7 @@ def _no_password() -> str:
 # The only user of asyncio and websockets. It knows connections and frames, never what is in them. One connection is
 # one object with no task and no timer of its own; frames of one loop tick leave as one message a member.
 #
-# TLS runs here over memory buffers rather than in asyncio's transport: 28 KB a connection instead of 48 (and 290 with
+# TLS runs here over memory buffers rather than in asyncio's transport: 27 KB a connection instead of 48 (and 290 with
 # asyncio's own buffer size) at the same CPU, without touching private attributes, and plain http is told by one byte.
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 log = logging.getLogger("zerosecretroom")
@@ -3810,7 +3863,7 @@ class Pipe(Protocol):
     """What lies between a socket and the bytes meant by it."""
 
     def receive(self, data: bytes) -> Iterable[bytes]: ...
-    def send(self, data: bytes) -> bytes: ...
+    def send(self, pieces: Message) -> bytes: ...
     def pending(self) -> bytes: ...
     def close(self) -> bytes: ...
 
@@ -3824,8 +3877,8 @@ class Clear:
         """In pieces as TLS has them, so that a flood of the smallest frames is met before all of it is parsed."""
         return (data[start : start + TLS_RECORD] for start in range(0, len(data), TLS_RECORD))
 
-    def send(self, data: bytes) -> bytes:
-        return data
+    def send(self, pieces: Message) -> bytes:
+        return b"".join(pieces)
 
     def pending(self) -> bytes:
         return b""
@@ -3835,49 +3888,62 @@ class Clear:
 
 
 class Tls:
-    """The server's side of TLS over memory buffers. ssl.SSLError means that the connection is of no more use."""
+    """The server's side of TLS over memory buffers. ssl.SSLError means that the connection is of no more use.
 
-    __slots__ = ("_incoming", "_outgoing", "_shaken", "_tls")
+    All connections write to one buffer, `outgoing`, and take what is theirs before another has its turn: OpenSSL's
+    buffers never shrink, and a single one stays in the processor's cache."""
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+    __slots__ = ("_incoming", "_outgoing", "_said", "_shaken", "_tls")
+
+    def __init__(self, context: ssl.SSLContext, outgoing: ssl.MemoryBIO) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), outgoing
+        self._tls = context.wrap_bio(self._incoming, outgoing, server_side=True)
         self._shaken = False
+        self._said = b""  # by TLS itself, not sent yet
 
     def receive(self, data: bytes) -> Iterable[bytes]:
         """What the records in it hold, joined: a member that posts in a burst is then read in one go."""
+        view = memoryview(data)
         for start in range(0, len(data), TLS_RECORD):
-            self._incoming.write(data[start : start + TLS_RECORD])
+            self._incoming.write(view[start : start + TLS_RECORD])
             pieces: list[bytes] = []
             try:
                 self._read(pieces)
             except ssl.SSLWantReadError:
-                yield b"".join(pieces)
+                pass
             except ssl.SSLError:
                 yield b"".join(pieces)  # what came before a farewell counts
                 raise
+            finally:
+                self._said += self._outgoing.read()
+            yield b"".join(pieces)
 
-    def _read(self, pieces: list[bytes]) -> NoReturn:
+    def _read(self, pieces: list[bytes]) -> None:
         if not self._shaken:
             self._tls.do_handshake()
             self._shaken = True
-        while piece := self._tls.read(TLS_RECORD):
+        while self._incoming.pending:  # asking for more than there is costs as much as a record
+            piece = self._tls.read(TLS_RECORD)
+            if not piece:
+                raise ssl.SSLZeroReturnError
             pieces.append(piece)
-        raise ssl.SSLZeroReturnError
 
-    def send(self, data: bytes) -> bytes:
-        if len(data) <= TLS_RECORD:
-            self._tls.write(data)
-            return self._outgoing.read()
-        view = memoryview(data)
-        records = []
-        for start in range(0, len(data), TLS_RECORD):
-            self._tls.write(view[start : start + TLS_RECORD])
-            records.append(self._outgoing.read())
-        return b"".join(records)
+    def send(self, pieces: Message) -> bytes:
+        try:
+            for piece in pieces:
+                if len(piece) <= TLS_RECORD:
+                    self._tls.write(piece)
+                    continue
+                view = memoryview(piece)
+                for start in range(0, len(piece), TLS_RECORD):
+                    self._tls.write(view[start : start + TLS_RECORD])
+        finally:
+            records = self.pending()
+        return records
 
     def pending(self) -> bytes:
-        return self._outgoing.read() if self._outgoing.pending else b""
+        said, self._said = self._said, b""
+        return said + self._outgoing.read()
 
     def close(self) -> bytes:
         with suppress(ssl.SSLError, ValueError):
@@ -3890,6 +3956,76 @@ def binary_header(size: int) -> bytes:
     if size < 126:
         return struct.pack(">BB", 0x82, size)
     return struct.pack(">BBH", 0x82, 126, size) if size < 65536 else struct.pack(">BBQ", 0x82, 127, size)
+
+
+LAST, MASKED, CONTROL, LONGEST_HEAD = 0x80, 0x80, 0x08, 14  # of WebSocket frames (RFC 6455, 5.2)
+WHOLE_MESSAGE = LAST | 2  # binary
+
+
+def frame_span(data: bytes, at: int) -> tuple[int, int]:
+    """Where the content of the frame at `at` begins, and where it ends; 0 as long as its head is not whole."""
+    if len(data) < at + 2:
+        return 0, 0
+    size, begin = data[at + 1] & 0x7F, at + 2
+    if size > 125:
+        begin += 2 if size == 126 else 8
+        size = int.from_bytes(data[at + 2 : begin], "big")
+    if data[at + 1] & MASKED:
+        begin += 4
+    return (begin, begin + size) if begin <= len(data) else (0, 0)
+
+
+class Sieve:
+    """Takes whole binary messages, which is what pages send, out of what a socket received. All else goes to
+    websockets, which is the judge of frames but takes several times as long; to it those messages never were."""
+
+    __slots__ = ("_fragments", "_head", "_left", "_socket", "coming")
+
+    def __init__(self, socket_: ServerProtocol) -> None:
+        self._socket = socket_
+        self._head = b""  # of a frame whose head is not whole
+        self._left = 0  # bytes to come of one whose head is
+        self._fragments = False  # whether the last frame of a message is to come
+        self.coming = 0  # bytes received of a frame that is not whole
+
+    @property
+    def ended(self) -> bool:
+        """Whether the other side said its farewell, or something that no client may: nothing after it counts."""
+        return self._socket.close_rcvd is not None or self._socket.parser_exc is not None
+
+    def receive(self, data: bytes) -> list[bytes | Frame]:
+        """Messages that came whole, and websockets' frames between them."""
+        received: list[bytes | Frame] = []
+        at = 0
+        while at < len(data):
+            if data[at] == WHOLE_MESSAGE and not (self.coming or self._fragments):
+                begin, end = frame_span(data, at)
+                if 0 < end <= len(data) and data[at + 1] & MASKED:
+                    received.append(apply_mask(data[begin:end], data[begin - 4 : begin]))
+                    at = end
+                    continue
+            start, at = at, self._end_of_part(data, at)
+            self._socket.receive_data(data[start:at])
+            received += [event for event in self._socket.events_received() if isinstance(event, Frame)]
+            if self.ended:
+                break
+        return received
+
+    def _end_of_part(self, data: bytes, at: int) -> int:
+        """How far what belongs to the same frame as the byte at `at` reaches."""
+        if not self._left:
+            head = self._head + data[at : at + LONGEST_HEAD]
+            _, end = frame_span(head, 0)
+            if not end:
+                self._head, self.coming = head, len(head)
+                return len(data)
+            self._left, self._head = end - len(self._head), b""
+            if not head[0] & CONTROL:
+                self._fragments = not head[0] & LAST
+        size = min(self._left, len(data) - at)
+        self._left -= size
+        self.coming = self.coming + size if self._left else 0
+        return at + size
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -3936,28 +4072,35 @@ def same_origin(origin: str, host: str, schemes: Sequence[str]) -> bool:
 class Crowd:
     """Frames of one tick to the same members, kept once. In a busy room each delivery is then a copy of its bytes."""
 
-    __slots__ = ("_message", "conns", "pieces", "size")
+    __slots__ = ("_messages", "conns", "pieces")
 
     def __init__(self, conns: Sequence[Conn]) -> None:
         self.conns = conns
         self.pieces: list[bytes] = []  # V(frame)
-        self.size = 0  # bytes of them
-        self._message: Message = ()
+        self._messages: list[Message] = []
 
-    def add(self, piece: bytes) -> None:
-        self.pieces.append(piece)
-        self.size += len(piece)
-
-    def message(self) -> Message:
-        """All of it as one message, joined for the first member and as good for the others: servers do not mask."""
-        if not self._message:
-            self._message = joined(self.pieces)
-        return self._message
+    def messages(self, most: int) -> list[Message]:
+        """All of it, joined for the first member and as good for the others: servers do not mask."""
+        if not self._messages:
+            self._messages = packed(self.pieces, most)
+        return self._messages
 
 
 def joined(pieces: Sequence[bytes]) -> Message:
-    payload = b"".join(pieces)
-    return (binary_header(len(payload)) + payload,)
+    """One WebSocket message."""
+    return (b"".join((binary_header(sum(map(len, pieces))), *pieces)),)
+
+
+def packed(pieces: Sequence[bytes], most: int) -> list[Message]:
+    """WebSocket messages of at most so many bytes, where a single piece is not larger."""
+    ends = [0, *itertools.accumulate(map(len, pieces))]
+    messages, start = [], 0
+    while start < len(pieces):
+        full = bisect.bisect_right(ends, ends[start] + most) - 1
+        stop = max(full, start + 1)
+        messages.append(joined(pieces[start:stop]))
+        start = stop
+    return messages
 
 
 class Conn(asyncio.Protocol):
@@ -3968,7 +4111,6 @@ class Conn(asyncio.Protocol):
         "_backlog",
         "_blocked",
         "_bulk",
-        "_coming",
         "_events",
         "_hint",
         "_link",
@@ -3976,6 +4118,7 @@ class Conn(asyncio.Protocol):
         "_parts",
         "_pipe",
         "_received",
+        "_sieve",
         "_size",
         "_socket",
         "_start",
@@ -3999,9 +4142,9 @@ class Conn(asyncio.Protocol):
         self._hint = False  # plain http came where TLS is spoken
         self._received = bytearray()  # of the request head
         self._socket: ServerProtocol | None = None
-        self._events: deque[Frame] = deque()  # received, not yet handed to Rooms
+        self._sieve: Sieve | None = None
+        self._events: deque[bytes | Frame] = deque()  # received, not yet handed to Rooms
         self._parts = bytearray()  # of a fragmented message
-        self._coming = 0  # bytes received of a frame that is not whole yet
         self._odd = 0  # frames of this tick that ended no message
         self._waits = False  # it sent too fast: nothing is read for a while
         self._backlog: deque[Message] = deque()  # what the transport has no room for
@@ -4022,7 +4165,7 @@ class Conn(asyncio.Protocol):
 
     # ── from asyncio ─────────────────────────────────────────────────────────────────────────────────────────────────
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
         self._transport = transport
         transport.set_write_buffer_limits(0)  # what the system does not take waits here, shared by members
         self._keep_kernel_queue_short(transport)
@@ -4071,17 +4214,15 @@ class Conn(asyncio.Protocol):
     def _choose_pipe(self, data: bytes) -> Pipe:
         context = self._link.context
         if context is not None and data[0] == TLS_HANDSHAKE:
-            return Tls(context)
+            return Tls(context, self._link.outgoing)
         self._hint = context is not None
         return Clear()
 
     def _read(self, plain: bytes) -> None:
         if self.state == HEAD:
             self._read_head(plain)
-        elif self._socket is not None:
-            self._coming += len(plain)
-            self._socket.receive_data(plain)
-            self._read_socket(self._socket)
+        elif self._socket is not None and self._sieve is not None:
+            self._read_socket(self._socket, self._sieve.receive(plain))
 
     def _read_head(self, plain: bytes) -> None:
         self._received += plain
@@ -4137,15 +4278,13 @@ class Conn(asyncio.Protocol):
         if socket_.state is not State.OPEN:
             self._end()
             return False
-        self._socket, self.state, self.heard = socket_, OPEN, self._link.now()
+        self._socket, self._sieve = socket_, Sieve(socket_)
+        self.state, self.heard = OPEN, self._link.now()
         return True
 
-    def _read_socket(self, socket_: ServerProtocol) -> None:
-        events = [event for event in socket_.events_received() if isinstance(event, Frame)]
-        if events:  # a masked frame's head has at most 14 bytes (RFC 6455, 5.2)
-            self._coming = max(0, self._coming - sum([len(event.data) + 14 for event in events]))
+    def _read_socket(self, socket_: ServerProtocol, received: list[bytes | Frame]) -> None:
         if self.state == OPEN:
-            self._events.extend(events)
+            self._events.extend(received)
             self._work()
             self._weigh()
         self._emit(socket_)
@@ -4169,6 +4308,10 @@ class Conn(asyncio.Protocol):
         messages: list[bytes] = []
         while self._events and len(messages) < self._link.limits.messages_at_once:
             frame = self._events[0]
+            if isinstance(frame, bytes):
+                self._events.popleft()
+                messages.append(frame)
+                continue
             if frame.opcode is Opcode.TEXT:
                 if not messages:
                     self.close(CLOSE_NOT_BYTES, "messages are binary")
@@ -4234,21 +4377,24 @@ class Conn(asyncio.Protocol):
         """Sends what this tick brought, as one message where it is not too much."""
         if self.state != OPEN:
             self._take()
-        elif self.crowd and self._shares(self.crowd):
-            self._write(self.crowd.message())
-            if self.answers:
-                self._write(joined(self.answers))
-                self.answers.clear()
-            if self._bulk:
-                self._pump()
+        elif self.crowd and not (self.outbox or self._start):  # exactly what the others get
+            self._share(self.crowd.messages(self._link.limits.join_bytes))
         else:
             self._pack()
             self._pump()
         self.crowd, self._start = None, 0
 
-    def _shares(self, crowd: Crowd) -> bool:
-        """Whether this member gets exactly what the others get, in one message."""
-        return not (self.outbox or self._start or self._backlog) and crowd.size <= self._link.limits.join_bytes
+    def _share(self, messages: list[Message]) -> None:
+        """Sends what others get as well, and behind it the answers that only this member gets."""
+        own = joined(self.answers) if self.answers else ()
+        self.answers.clear()
+        if len(messages) > 1 or self._blocked or self._backlog or self._bulk:
+            for message in filter(None, (*messages, own)):
+                self._hold(message)
+            self._pump()
+        else:
+            self._transmit(messages[0] + own)
+            self._go_on()
 
     def _take(self) -> list[bytes]:
         """Empties outbox and crowd, in the order in which the frames came."""
@@ -4267,14 +4413,8 @@ class Conn(asyncio.Protocol):
 
     def _pack(self) -> None:
         """Moves the outbox into the backlog, as messages of a size that browsers take in one go."""
-        pieces = self._take()
-        ends = [0, *itertools.accumulate(map(len, pieces))]
-        start = 0
-        while start < len(pieces):
-            full = bisect.bisect_right(ends, ends[start] + self._link.limits.join_bytes) - 1
-            stop = max(full, start + 1)
-            self._hold(joined(pieces[start:stop]))
-            start = stop
+        for message in packed(self._take(), self._link.limits.join_bytes):
+            self._hold(message)
 
     def _hold(self, message: Message) -> None:
         self._backlog.append(message)
@@ -4296,8 +4436,7 @@ class Conn(asyncio.Protocol):
 
     def _transmit(self, message: Message) -> None:
         if self._pipe is not None:
-            for piece in message:
-                self._transport.write(self._pipe.send(piece))
+            self._transport.write(self._pipe.send(message))
 
     def _pump(self) -> None:
         """Sends of the backlog what the transport takes, then goes on with what was received meanwhile."""
@@ -4308,10 +4447,14 @@ class Conn(asyncio.Protocol):
         self._weigh()
         if self._backlog or self._bulk:
             self._check()
-            return
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """All is sent: what waited for that is taken, though not in the middle of a flush."""
         self._answers = 0
         if self._events:
-            self._read_on()
+            self._link.later(0, self._read_on)
 
     def _check(self) -> None:
         """Cuts a peer that does not take what others send: in Rooms its place in the log stays."""
@@ -4320,9 +4463,11 @@ class Conn(asyncio.Protocol):
 
     def _weigh(self) -> None:
         """Tells Link what waits here for this peer, or came from it and was not dealt with."""
-        held = self._size + self._coming + len(self._parts)
+        held = self._size + len(self._parts)
+        if self._sieve is not None:
+            held += self._sieve.coming
         if self._events:
-            held += sum(len(frame.data) for frame in self._events)
+            held += sum(len(each if isinstance(each, bytes) else each.data) for each in self._events)
         if self._blocked:
             held += self._transport.get_write_buffer_size()
         if held != self.held:
@@ -4381,7 +4526,7 @@ class Conn(asyncio.Protocol):
         self._take()
         for held in (self._events, self._parts, self._backlog, self._bulk):
             held.clear()
-        self._size = self._coming = 0
+        self._size, self._sieve = 0, None
         self._weigh()
 
 
@@ -4421,6 +4566,7 @@ class Link:
         self._held = 0  # bytes that come and go
         self._dirty: set[Conn] = set()
         self._servers: list[asyncio.Server] = []
+        self.outgoing = ssl.MemoryBIO()  # see Tls
         self._empty = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._swept = self.now()
@@ -4636,7 +4782,7 @@ class Link:
         else:
             piece = len(frame).to_bytes(4, "big") + frame
             if len(conns) > 1 and (crowd := self._crowd(conns)):
-                crowd.add(piece)
+                crowd.pieces.append(piece)
                 return
             for conn in conns:
                 conn.post(piece)
@@ -4648,7 +4794,7 @@ class Link:
         """The crowd that these are in this tick; a member is in one, and the first that is needed is the largest."""
         crowd = conns[0].crowd
         if crowd is not None:
-            return crowd if crowd.conns == conns else None
+            return crowd if crowd.conns is conns or crowd.conns == conns else None
         if any(conn.crowd for conn in conns):
             return None
         crowd = Crowd(conns)
@@ -4714,6 +4860,7 @@ SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)", re.IGNORECASE)
 HOST_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*")
 TRUE, FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 LEVELS = ("debug", "info", "warning", "error")
+LOOPS = ("auto", "asyncio", "uvloop")
 ANYWHERE = "*"
 
 
@@ -4775,6 +4922,12 @@ def parse_limit(text: str) -> tuple[str, float]:
 def parse_level(text: str) -> str:
     if text.lower() not in LEVELS:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LEVELS)}")
+    return text.lower()
+
+
+def parse_loop(text: str) -> str:
+    if text.lower() not in LOOPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LOOPS)}")
     return text.lower()
 
 
@@ -4856,6 +5009,7 @@ def make_parser(environ: Mapping[str, str]) -> Parser:
         "monitor", parse_network, "ADDRESS", "who may read /metrics and /healthz beside this machine; may be repeated"
     )
     switch("status", "show what the relay that runs here with the same options does, and start none")
+    option("loop", parse_loop, "auto", "what waits for sockets: asyncio, uvloop, or uvloop if it is installed (auto)")
     switch("log-json", "log lines as JSON")
     switch("log-addresses", "log the addresses of those who are turned away")
     option("log-level", parse_level, "info", f"{', '.join(LEVELS)}; none shows texts, names or keys")
@@ -5209,6 +5363,17 @@ async def serve(
     await link.stop()
 
 
+def make_loop(name: str) -> asyncio.AbstractEventLoop:
+    """uvloop is quicker where there is little to do at a time; nothing else depends on it. Raises OperatorFault."""
+    try:
+        new = asyncio.new_event_loop if name == "asyncio" else importlib.import_module("uvloop").new_event_loop
+    except ImportError as error:
+        if name == "uvloop":
+            raise OperatorFault(f"--loop uvloop: {error}: pip install uvloop, or leave the option out") from None
+        new = asyncio.new_event_loop
+    return cast(asyncio.AbstractEventLoop, new())
+
+
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     page = Page.load(options.page)
     identity = RelayIdentity(load_or_make_key(open_state(options.state_dir) / IDENTITY_KEY))
@@ -5229,7 +5394,8 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
         link = Link(rooms, shown, limits, credentials.context, null, *asked)
         await serve(Upkeep(options, rooms, link, credentials), link, listeners, environ, told)
 
-    asyncio.run(start())
+    with closing(make_loop(options.loop)) as loop:
+        loop.run_until_complete(start())
 
 
 # ── being watched ────────────────────────────────────────────────────────────────────────────────────────────────────
