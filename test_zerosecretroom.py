@@ -451,9 +451,12 @@ class PlaywrightUser(User):
         viewport: Any = {"width": size[0], "height": size[1]}
         calm = {"ignore_https_errors": True, "locale": "en-GB", "reduced_motion": "reduce"}
         options: dict[str, Any] = {"viewport": viewport, **calm, **phone}
-        self.context = self.do(lambda: engine.browser.new_context(**options))
+        self.context = self.do(lambda: self.enter(engine, options))
         self.tab = self.do(self._open)
         self.tabs = [self.tab]
+
+    def enter(self, engine: PlaywrightEngine, options: dict[str, Any]) -> pw.BrowserContext:
+        return engine.browser.new_context(**options)
 
     def _open(self) -> pw.Page:
         self.context.set_default_timeout(PATIENCE * 1000)
@@ -5394,6 +5397,15 @@ def test_files_are_bounded_and_leave_place_for_messages(home: House) -> None:
     assert faults(desk.say("ann", post(home, ct=bytes(9_000)))) == []
 
 
+def test_a_file_that_the_relay_lost_may_begin_again_before_where_it_goes_on(desk: Desk, home: House) -> None:
+    get = zsr.UpGet(home.ann.dev, b"f" * 16, 0, 4)
+    desk.say("ann", put(2, 4))
+    assert heard(desk.say("ben", get), "ben") == [zsr.DownNoFile(home.ann.dev, b"f" * 16)]
+    assert faults(desk.say("ann", put(0, 4))) == []
+    assert [chunk.index for chunk in heard(desk.say("ben", get), "ben")] == [0]
+    assert [chunk.index for chunk in heard(desk.say("ann", put(1, 4)), "ben")] == [1, 2]
+
+
 class Stream:
     """Ann's file of 100 chunks at a relay that keeps files of 4: it passes through a window of 3."""
 
@@ -5430,32 +5442,47 @@ def test_a_file_beyond_the_limit_passes_through_a_window(stream: Stream) -> None
         (("ben",), stream.chunk(0)), (("ben",), stream.chunk(1)),
         (("ann",), zsr.DownSent(1, 2)), (("ann",), zsr.DownSent(2, 2)),
     ]  # fmt: skip
-    assert list(stream.file.chunks) == [2]
     assert stream.puts(3) == []
     assert stream.get("ben", 2, 3) == [
         (("ben",), stream.chunk(2)), (("ben",), stream.chunk(3)),
         (("ann",), zsr.DownSent(3, 4)), (("ann",), zsr.DownSent(4, 4)),
     ]  # fmt: skip
     assert stream.puts(4) == [(("ben",), stream.chunk(4)), (("ann",), zsr.DownSent(5, 5))]
-    assert stream.file.size == 0
+    assert list(stream.file.chunks) == [2, 3, 4], "the last window stays"
+    stream.desk.say("ben", zsr.UpGot(stream.ann, b"f" * 16))
+    assert stream.file.size == 0, "until it is there for certain"
+
+
+def test_what_was_under_way_to_a_connection_that_broke_comes_again_from_the_relay(stream: Stream, home: House) -> None:
+    for n in range(5):
+        stream.puts(n)
+        stream.get("ben", n, 1)
+    stream.desk.leave("ben")
+    assert stream.puts(5) == [], "nobody takes it"
+    stream.desk.come("ben", home.ben, home.made)
+    assert stream.get("ben", 1, 3) == [(("ben",), zsr.DownNoFile(stream.ann, b"f" * 16))], "that is gone"
+    assert stream.get("ben", 3, 2) == [(("ben",), stream.chunk(3)), (("ben",), stream.chunk(4))]
+    assert stream.puts(3) == [(("ann",), zsr.DownSent(4, 5))], "the sender need not bring it once more"
+    assert stream.get("ben", 5, 1) == [(("ben",), stream.chunk(5)), (("ann",), zsr.DownSent(6, 6))]
 
 
 def test_the_slowest_of_those_who_take_a_streamed_file_sets_the_pace(stream: Stream) -> None:
-    stream.puts(0)
-    stream.get("ben", 0, 3)
-    stream.puts(1)
+    for n in range(5):
+        stream.puts(n)
+        stream.get("ben", n, 1)
     assert stream.get("cat", 0, 3) == [(("cat",), zsr.DownNoFile(stream.ann, b"f" * 16))], "that has passed"
-    assert stream.get("cat", 2, 1) == []
-    assert stream.puts(2) == [(("ben", "cat"), stream.chunk(2)), (("ann",), zsr.DownSent(3, 3))]
-    stream.get("ben", 3, 3)
-    assert stream.puts(3) == [(("ben",), stream.chunk(3))], "cat has asked for no more yet"
-    assert stream.desk.say("cat", zsr.UpGet(stream.ann, b"f" * 16, 3, 0)) == [(("ann",), zsr.DownSent(4, 4))], (
+    stream.get("ben", 5, 3)
+    assert stream.get("cat", 5, 1) == []
+    assert stream.puts(5) == [(("ben", "cat"), stream.chunk(5)), (("ann",), zsr.DownSent(6, 6))]
+    assert stream.puts(6) == [(("ben",), stream.chunk(6))], "cat has asked for no more yet"
+    assert stream.desk.say("cat", zsr.UpGet(stream.ann, b"f" * 16, 6, 0)) == [(("ann",), zsr.DownSent(7, 7))], (
         "who pauses holds nobody up"
     )
-    stream.get("cat", 4, 1)
-    stream.puts(4)
-    stream.puts(5)
-    assert (("ann",), zsr.DownSent(6, 6)) in stream.desk.leave("cat")
+    stream.get("cat", 7, 1)
+    stream.puts(7)
+    stream.get("ben", 8, 3)
+    stream.puts(8)
+    assert (("ann",), zsr.DownSent(9, 9)) in stream.desk.leave("cat")
 
 
 def test_the_sender_of_a_streamed_file_is_told_where_to_go_on(stream: Stream, home: House) -> None:
@@ -6510,8 +6537,24 @@ const StoreCases = (() => {
       const read = list(await second.meta('me'));
       said.push(...await Promise.all(racing));
       const between = list(await second.meta('me'));
-      said.push(await fault(first.tx([meta('me', 3)])), await fault(first.wipe(ROOM)), await fault(second.tx([meta('me', 4)])));
+      const chunk = {put: 'chunk', room: ROOM, file: FILE, n: 0, value: bytes(1)};
+      said.push(await fault(first.tx([meta('me', 3)])), await fault(first.wipe(ROOM)), await fault(first.tx([chunk])));
+      said.push(await fault(second.tx([meta('me', 4)])), await fault(second.tx([chunk])));
       return {said, late: said[0] === 'no fault' || between[0] === 1, read: read[0] <= 2, me: list(await first.meta('me'))};
+    },
+    /** chunks that are written while a transaction holds the records: the other way round waits as little */
+    async aside() {
+      const store = await start('aside'), db = await promised(indexedDB.open('aside'));
+      await store.claim();
+      const held = db.transaction('meta', 'readwrite').objectStore('meta');
+      let written = false;
+      const writing = store.tx([{put: 'chunk', room: ROOM, file: FILE, n: 0, value: bytes(1)}]).then(() => { written = true; });
+      for (let n = 0; n < 5000 && !written; n += 1) await promised(held.get('me'));   // it lives while it is asked
+      const beside = written;
+      held.transaction.abort();
+      await writing;
+      db.close();
+      return beside;
     },
     async closes() {
       const store = await start('closes');
@@ -6720,12 +6763,18 @@ class TestStore:
 
     def test_of_two_tabs_only_the_last_one_that_took_the_store_writes(self, case: Case) -> None:
         answer = case("takes")
-        assert answer["said"][2:] == ["missing", "missing", "no fault"]
+        assert answer["said"][2:] == ["missing", "missing", "missing", "no fault", "no fault"]
         assert answer["said"][0] in {"no fault", "missing"}
         assert (answer["late"], answer["read"], answer["me"]) == (True, True, [4])
 
     def test_a_closed_store_answers_with_a_fault(self, case: Case) -> None:
         assert case("closes") == "missing"
+
+
+@pytest.mark.parametrize("case", ["node"], indirect=True, scope="module")
+def test_chunks_and_records_do_not_wait_for_each_other(case: Case) -> None:
+    """Where the engine lets more than one write at a time: Firefox does not, nor does Chromium in private windows."""
+    assert case("aside") is True
 
 
 @in_browsers
@@ -7326,9 +7375,9 @@ const Lab = (() => {
     await idle(name);
     return out(name);
   };
-  /** queue: a line that carries a segment in `each` ms and answers after `trip` ms: the window at last, and the longest
-   *  that what was said meanwhile had to wait. */
-  const queue = (trip, each) => {
+  /** queue: a line that carries a segment in `each` ms and answers after `trip` ms, every eighth time `late` ms later: the
+   *  window at last, and the longest that what was said meanwhile had to wait. */
+  const queue = (trip, each, late = 0) => {
     const flow = new Flow.Flow(), under = [];
     let now = 0, free = 0, most = 0;
     for (let n = 0; n < 400; n += 1) {
@@ -7336,7 +7385,7 @@ const Lab = (() => {
       flow.put(n, now);
       free = Math.max(now, free) + each;
       if (n > 200) most = Math.max(most, free - now);
-      under.push({at: free + trip, k: n});
+      under.push({at: free + trip + (n % 8 ? 0 : late), k: n});
     }
     return [Math.floor(flow.window), most];
   };
@@ -9507,14 +9556,14 @@ def fetch(lab: Freight, name: str) -> None:
 
 
 def test_a_file_of_any_size_passes_through_a_bounded_window(clients: Node, freight: Freight) -> None:
-    (ana, bob, cleo), content = offered(freight, 28)
+    (ana, bob, cleo), content = offered(freight, 44)
     fetch(freight, bob)
     freight.until(lambda: len(freight.came) > 10)
     assert freight.file(ana)["done"] > 0, "the sender sees how far it is"
     freight.settle(20)
     freight.has(content, bob)
     assert freight.file(ana)["state"] == "here"
-    assert freight.held < 5 << 20, "of 7 MiB the relay never held more than a window"
+    assert freight.held < 9 << 20, "of 11 MiB the relay never held more than two windows"
     assert (freight.twice(ana), freight.twice(bob)) == (0, 0)
     freight.away(cleo)
     freight.start(cleo)
@@ -9540,8 +9589,7 @@ def test_a_streamed_file_goes_on_where_it_broke_off(freight: Freight, how: str) 
     freight.settle(50)
     freight.has(content, bob)
     assert freight.twice(bob) <= 1, freight.came
-    allowed = {"sender's socket": 1, "relay": 16}.get(how, 16)  # what was in the window of one who went away
-    assert freight.twice(ana) <= allowed
+    assert freight.twice(ana) <= (16 if how == "relay" else 1), "what was under way only the relay had"
 
 
 def test_a_source_chosen_again_must_be_the_same(freight: Freight) -> None:
@@ -9564,6 +9612,19 @@ def test_a_source_chosen_again_must_be_the_same(freight: Freight) -> None:
     freight.settle(30)
     freight.has(content, bob)
     assert freight.twice(bob) <= 1
+
+
+def test_who_pauses_takes_no_more_while_others_do(freight: Freight) -> None:
+    (_, bob, cleo), content = sent_file(freight, 15)
+    freight.until(lambda: bob in [name for name, _ in freight.came])
+    freight.do(bob, "pause", file=freight.file(bob)["id"])
+    freight.settle(15)
+    freight.has(content, cleo)
+    file = freight.file(bob)
+    assert (file["state"], 0 < file["done"] < len(content)) == ("paused", True)
+    fetch(freight, bob)
+    freight.settle(15)
+    freight.has(content, bob)
 
 
 def test_a_transfer_rests_at_either_end_and_goes_on(freight: Freight) -> None:
@@ -9632,12 +9693,13 @@ def test_several_files_to_several_people_all_arrive(freight: Freight) -> None:
 
 def test_the_window_of_a_file_grows_on_a_long_line_and_stays_short_on_a_slow_one(clients: Node) -> None:
     window, wait = clients.call("Lab.queue", 2, 10.5)
-    assert window <= 8
-    assert wait <= 100, "ms that what people say stands in the queue"
+    assert 2 < window <= 5
+    assert wait <= 60, "ms that what people say stands in the queue"
     window, _ = clients.call("Lab.queue", 20, 210)
     assert window == 2
-    window, _ = clients.call("Lab.queue", 150, 10.5)
-    assert window == 16
+    for late in (0, 80):  # a busy machine
+        window, _ = clients.call("Lab.queue", 150, 10.5, late)
+        assert window == 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9662,15 +9724,14 @@ def luggage() -> Iterator[Node]:
 PLACE = {1: "N", 2: (52.0, 31.0, 12.0), 3: "E", 4: (13.0, 24.0, 36.0)}
 
 
-def photo_with_place(kind: str, orientation: int = 6) -> bytes:
+def photo_with_place(kind: str, orientation: int = 6, **more: bytes) -> bytes:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, "Camera"
     exif.get_ifd(0x8825).update(PLACE)
     out = io.BytesIO()
     picture = Image.new("RGB", (64, 48), "teal")
-    picture.save(
-        out, kind, exif=exif.tobytes(), **({"progressive": True, "comment": b"at home"} if kind == "JPEG" else {})
-    )
+    jpeg = {"progressive": True, "comment": b"at home"} if kind == "JPEG" else {}
+    picture.save(out, kind, exif=exif.tobytes(), **jpeg, **more)
     return out.getvalue()
 
 
@@ -9689,10 +9750,18 @@ def test_a_jpeg_keeps_its_picture_and_which_way_is_up_alone(luggage: Node, orien
     assert len(stripped) < len(photo)
 
 
-def test_a_webp_loses_the_place_and_no_byte_moves(luggage: Node) -> None:
-    photo = photo_with_place("WEBP")
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><exif:GPSLatitude>52,31.2N</exif:GPSLatitude></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
+def test_a_boxed_photo_loses_the_place_and_no_byte_moves(luggage: Node, kind: str) -> None:
+    photo = photo_with_place(kind, xmp=XMP)
+    assert XMP in photo
     (stripped,) = luggage.call("Strip.boxed", photo)
     assert len(stripped) == len(photo)
+    assert b"GPS" not in stripped
     with Image.open(io.BytesIO(stripped)) as one, Image.open(io.BytesIO(photo)) as other:
         assert dict(other.getexif().get_ifd(0x8825)) != {}
         assert dict(one.getexif().get_ifd(0x8825)) == {}
@@ -9706,6 +9775,9 @@ def test_what_is_no_photo_is_left_alone_whatever_it_is(luggage: Node, noise: byt
     photo = photo_with_place("JPEG")
     luggage.call("Strip.jpeg", photo[:at] + noise + photo[at + len(noise) :])
     luggage.call("Strip.boxed", noise + b"II*\0\x08\0\0\0" + noise)
+    for kind in ("WEBP", "AVIF"):
+        boxed = photo_with_place(kind, xmp=XMP)
+        luggage.call("Strip.boxed", boxed[:at] + noise + boxed[at + len(noise) :])
     assert luggage.call("Strip.jpeg", b"PNG" + noise) is None
 
 
@@ -11772,12 +11844,13 @@ const Disk = (() => {
   const dump = (name) => beside(name, async (open) => {
     const tables = [];
     for (const table of ['meta', 'events', 'chunks']) tables.push(await promised(open(table).getAll()));
-    tables[0] = tables[0].filter(({no}) => no === undefined); // who is at work there, which every start says anew
-    return JSON.stringify(tables, (_, value) => hexed(value));
+    // without who is at work there, which every start says anew
+    return JSON.stringify(tables.map((table) => table.filter(({no}) => no === undefined)), (_, value) => hexed(value));
   });
   /** flips a bit of one record: of the record that `key` names, or of the first of a table */
   const flip = (name, table, key, at) => beside(name, async (open) => {
-    const record = key === null ? (await promised(open(table).getAll()))[0] : await promised(open(table).get(key));
+    const all = () => promised(open(table).getAll());
+    const record = key === null ? (await all()).find(({no}) => no === undefined) : await promised(open(table).get(key));
     const bytes = new Uint8Array(record.ct ?? record.data);
     bytes[at] ^= 1;
     await promised(open(table, 'readwrite').put(record));
@@ -19669,45 +19742,133 @@ def test_text_hardly_waits_for_a_file(arrive: Arrive, relay: Relay) -> None:
         show("p95 of text beside a file / alone", p95(beside) / p95(alone), f"{p95(beside):.3f} s / {p95(alone):.3f} s")
 
 
+LONG_FILE = int(os.environ.get("ZSR_BENCH_MIB", "128")) << 20
+BREAKS = int(os.environ.get("ZSR_BENCH_RESETS", "6")), int(os.environ.get("ZSR_BENCH_KILLS", "1"))
+
+
+class ResidentUser(PlaywrightUser):
+    """One whose profile lies on the disk: that of the others lies in memory, and so do the files they keep."""
+
+    def __init__(self, engine: PlaywrightEngine, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(engine, LAPTOP)
+
+    def enter(self, engine: PlaywrightEngine, options: dict[str, Any]) -> pw.BrowserContext:
+        return engine.driver.chromium.launch_persistent_context(
+            self.folder, executable_path=program("chromium", "chromium-browser"), args=CHROMIUM_ARGS, **options
+        )
+
+    def heap(self) -> float:
+        """Bytes that the page's scripts hold, those of buffers included."""
+        watch = self.do(lambda: self.context.new_cdp_session(self.tab))
+        usage = self.do(lambda: watch.send("Runtime.getHeapUsage"))
+        self.do(watch.detach)
+        return float(usage["usedSize"] + usage.get("embedderHeapUsedSize", 0) + usage.get("backingStorageSize", 0))
+
+    def saved_digest(self, name: str) -> str:
+        """Presses the button that saves a file; SHA-256 of what came to the disk."""
+
+        def save() -> str:
+            with self.tab.expect_download(timeout=1_800_000) as started:
+                self.tab.get_by_role("button", name=f"Download {name}").click()
+            return digest_of(Path(started.value.path()))
+
+        return self.do(save)
+
+
+def digest_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def residents(browsers: Browsers, tmp_path: Path) -> Iterator[tuple[ResidentUser, ResidentUser]]:
+    engine = browsers["chromium"]
+    assert isinstance(engine, PlaywrightEngine)
+    ann, bob = ResidentUser(engine, tmp_path / "ann"), ResidentUser(engine, tmp_path / "bob")
+    yield ann, bob
+    for user in (ann, bob):
+        user.close()
+
+
+def long_file(folder: Path) -> Path:
+    dice = random.Random(6)
+    with open(folder / "long.bin", "wb") as file:
+        for _ in range(LONG_FILE >> 20):
+            file.write(dice.randbytes(1 << 20))
+    return folder / "long.bin"
+
+
+PROGRESS_SCRIPT = """(() => {
+  const bar = document.querySelector('article progress');
+  return bar ? bar.value : document.querySelector('button[aria-label="Download long.bin"]') ? 1 : 0;
+})()"""
+
+
+def begin_long_file(ann: User, bob: User, relay: Relay, path: Path) -> None:
+    make_room(ann, relay)
+    join_by(bob, make_link(ann), "Bob")
+    bob.js("void delete window.showSaveFilePicker")
+    ann.upload(path)
+    press(bob, "Download long.bin")
+    bob.find("progressbar", "long.bin").appears()
+
+
 @pytest.mark.bench
 @pytest.mark.xdist_group("bench")
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("size", "cuts", "kills"), [(128 << 20, 6, 1), (2 << 30, 20, 3)])
+@pytest.mark.timeout(7200)
 def test_a_large_file_survives_resets_and_kills(
-    arrive: Arrive, relay: Relay, tmp_path: Path, size: int, cuts: int, kills: int
+    residents: tuple[ResidentUser, ResidentUser], relay: Relay, tmp_path: Path
 ) -> None:
-    """The second is for a quiet machine with 10 GB of disk to spare."""
-    dice, digest = random.Random(6), hashlib.sha256()
-    with open(tmp_path / "long.bin", "wb") as file:
-        for _ in range(size >> 20):
-            piece = dice.randbytes(1 << 20)
-            digest.update(piece)
-            file.write(piece)
+    """ZSR_BENCH_MIB: how large (2048 with 20 resets and 3 kills needs 10 GB of disk), _RESETS and _KILLS: how often."""
+    dice, path, (ann, bob) = random.Random(6), long_file(tmp_path), residents
     with slow_line(relay, 1e9) as line:
-        ann, bob = meet(arrive, cast("Relay", line), "chromium")
-        bob.js("void delete window.showSaveFilePicker")
-        ann.upload(tmp_path / "long.bin")
-        bob.find("button", "Download long.bin").appears()
-        before = line.carried["up"]
-        bob.js("document.querySelector('button[aria-label=\"Download long.bin\"]').click()")
-        bob.find("progressbar", "long.bin").appears()
-        breaks = sorted(
-            [(dice.random(), line.cut) for _ in range(cuts)] + [(dice.random(), relay.kill) for _ in range(kills)],
-            key=lambda each: each[0],
-        )
-        for at, break_ in breaks:
-            bob.wait(
-                f"!document.querySelector('article progress') || document.querySelector('article progress').value >= {at}",
-                1800,
-            )
+        begin_long_file(ann, bob, cast("Relay", line), path)
+        before, begun = line.carried["up"], time.monotonic()
+        breaks = [line.cut] * BREAKS[0] + [relay.restart] * BREAKS[1]
+        dice.shuffle(breaks)
+        for at, break_ in zip(sorted(dice.random() for _ in breaks), breaks, strict=True):
+            bob.wait(f"{PROGRESS_SCRIPT} >= {at}", 1800)
             break_()
-            if break_ == relay.kill:
-                relay.start()
-        bob.wait("!document.querySelector('article progress')", 1800)
-        again = (line.carried["up"] - before) / size - 1
-        assert isinstance(bob, PlaywrightUser)
-        assert sha256(bob.download(bob.find("button", "Download long.bin"))[1]) == digest.hexdigest()
-    show(f"{size >> 20} MiB, {cuts} resets, {kills} kills: carried beyond its size", again, f"{again:.2%}")
+        bob.wait(f"{PROGRESS_SCRIPT} === 1", 1800)
+        again, took = (line.carried["up"] - before) / LONG_FILE - 1, time.monotonic() - begun
+        assert bob.saved_digest("long.bin") == digest_of(path)
+    title = f"{LONG_FILE >> 20} MiB, {BREAKS[0]} resets, {BREAKS[1]} kills: carried beyond its size"
+    show(title, again, f"{again:.2%}, {took:.0f} s")
+    assert again < 0.02 or LONG_FILE < 2 << 30
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+@pytest.mark.timeout(7200)
+def test_a_file_of_any_size_passes_from_disk_to_disk_without_filling_memory(
+    residents: tuple[ResidentUser, ResidentUser], relay: Relay, tmp_path: Path
+) -> None:
+    """ZSR_BENCH_MIB: how large; 8192 needs 40 GB of disk."""
+    path, (ann, bob) = long_file(tmp_path), residents
+    begin_long_file(ann, bob, relay, path)
+    first, begun = (relay.rss(), ann.heap(), bob.heap()), time.monotonic()
+    most = first
+
+    def passed() -> bool:
+        nonlocal most
+        most = cast("Any", tuple(map(max, most, (relay.rss(), ann.heap(), bob.heap()))))
+        return bool(bob.js(f"{PROGRESS_SCRIPT} === 1"))
+
+    eventually(passed, "it has arrived", 7200)
+    took = time.monotonic() - begun
+    assert bob.saved_digest("long.bin") == digest_of(path)
+    growth = [(high - low) / 2**20 for high, low in zip(most, first, strict=True)]
+    show(
+        f"{LONG_FILE >> 20} MiB from disk to disk, MiB a second",
+        (LONG_FILE >> 20) / took,
+        "grown by relay {:.0f}, sender's heap {:.0f}, receiver's heap {:.0f} MiB".format(*growth),
+    )
+    assert growth[0] < 64
+    assert max(growth[1:]) < 150
 
 
 def usable_seconds(arrive: Arrive, url: str, ready: str) -> float:

@@ -1763,7 +1763,8 @@ class Seat:
 
 class File:
     """Sealed chunks on their way: who has them all, and who waits for which. A streamed one is larger than the relay
-    keeps: a chunk stays until all who take the file have passed it, and only then its sender hears of it."""
+    keeps: its sender hears of a chunk once all who take the file have passed it, and it stays a window longer, for one
+    whose connection lost what was under way."""
 
     __slots__ = ("at", "chunks", "count", "floor", "got", "puts", "size", "streamed", "waits")
 
@@ -1771,7 +1772,7 @@ class File:
         self.count, self.at, self.streamed, self.size = count, at, streamed, 0
         self.floor = floor  # of a streamed one: chunks below have passed
         self.chunks: dict[int, bytes] = {}
-        self.puts: dict[int, tuple[Peer, int, int]] = {}  # of a streamed one, by index: who awaits which answer, bytes
+        self.puts: dict[int, tuple[Peer, int, int]] = {}  # of a streamed one, by index: who put it, its ref, bytes
         self.got: set[bytes] = set()
         self.waits: dict[Peer, tuple[int, int]] = {}  # next index, and the first beyond the window
 
@@ -1780,6 +1781,14 @@ class File:
         while index in self.chunks:
             index += 1
         return index
+
+    def passing(self) -> int:
+        """How many chunks of a streamed one have not passed yet."""
+        return sum(index >= self.floor for index in self.chunks)
+
+    def gives(self, index: int) -> bool:
+        """Whether all from this index on is here or has yet to come."""
+        return index >= self.floor or self.next(index) >= self.floor
 
 
 class Shelf(Generic[K, T]):
@@ -1979,17 +1988,20 @@ class Room:
             self.charge(-file.size - self.limits.overhead * (len(file.chunks) + 1))
         return file
 
-    def drop_chunks(self, file: File, low: int) -> list[tuple[Peer, int]]:
-        """Takes what has passed out of a streamed file: who put it, and the refs to be answered."""
-        file.floor, passed = low, [index for index in file.chunks if index < low]
-        answers = []
-        for index in passed:
+    def pass_chunks(self, file: File, low: int) -> list[tuple[Peer, int]]:
+        """Counts what is below as passed: who put it, and the refs to be answered. The last window of it stays."""
+        answers = [file.puts[index][:2] for index in file.chunks if file.floor <= index < low]
+        file.floor = low
+        self.drop_chunks(file, low - self.limits.file_window)
+        return answers
+
+    def drop_chunks(self, file: File, low: int) -> None:
+        """Takes what is below out of a streamed file."""
+        for index in [index for index in file.chunks if index < low]:
             del file.chunks[index]
-            peer, ref, size = file.puts.pop(index)
-            answers.append((peer, ref))
+            size = file.puts.pop(index)[2]
             file.size -= size
             self.charge(-size - self.limits.overhead)
-        return answers
 
     def wanted_by(self, key: tuple[bytes, bytes], file: File) -> bool:
         """Whether some listed device but the author has not said that it has the file."""
@@ -2940,14 +2952,15 @@ class Rooms:
         self._fits(frame.ct)
         if file is None and len(room.files) >= limits.files:
             raise Full("too many files in this room", limits.full_retry_ms)
-        if file and streamed and file.floor <= frame.index and len(file.chunks) >= limits.file_window:
+        if file and streamed and file.floor <= frame.index and file.passing() >= limits.file_window:
             raise Full("nobody takes this file as fast as it comes", limits.full_retry_ms)
         self._afford(room, cost + (0 if file else limits.overhead), now, limits.file_share)
         if file is None:
             file = room.files[key] = File(frame.count, now, streamed, frame.index)
             room.charge(limits.overhead)
-        elif frame.index < file.floor:  # nobody takes it any more: it begins again, for somebody else
-            room.drop_chunks(file, file.count)
+        elif frame.index < file.floor:  # of a streamed one nobody takes it any more: it begins again, for somebody else
+            if streamed:
+                room.drop_chunks(file, file.count)
             file.floor = frame.index
         file.chunks[frame.index] = encode_frame(DownChunk(peer.dev, frame.file_id, frame.index, frame.count, frame.ct))
         file.size += len(frame.ct)
@@ -2960,16 +2973,16 @@ class Rooms:
 
     def _known(self, peer: Peer, file: File, frame: UpPut) -> bool:
         """Whether this chunk is here or has passed already; then its sender hears where to go on."""
-        if frame.index in file.chunks and file.streamed:
-            file.puts[frame.index] = peer, frame.ref, file.puts[frame.index][2]
-            return True
-        if frame.index in file.chunks:
+        here, passed = frame.index in file.chunks, frame.index < file.floor
+        if not file.streamed and here:
             self._answer(peer, DownSent(frame.ref, file.next(frame.index)))
-            return True
-        if file.streamed and frame.index < file.floor and file.waits:
+        elif passed and ((here and file.gives(frame.index)) or file.waits):
             self._answer(peer, DownSent(frame.ref, file.floor))
-            return True
-        return False
+        elif here and not passed:
+            file.puts[frame.index] = peer, frame.ref, file.puts[frame.index][2]
+        else:
+            return False
+        return True
 
     def _streams(self, room: Room, file: File | None, frame: UpPut) -> bool:
         """Whether this file is one that the relay does not keep; raises where it does not pass it on either."""
@@ -3006,7 +3019,7 @@ class Rooms:
         what is wanted next; `reached` counts where nobody takes it any more."""
         low = min((at for at, _ in file.waits.values()), default=reached)
         if file.streamed and low > file.floor:
-            for peer, ref in room.drop_chunks(file, low):
+            for peer, ref in room.pass_chunks(file, low):
                 if peer.conn in self._peers:
                     self._answer(peer, DownSent(ref, low))
 
@@ -3017,7 +3030,7 @@ class Rooms:
         if until != frame.from_ or until - at > window:  # asked anew, not on from where the last answer will end
             at = frame.from_
         reached = file.floor if file else 0
-        if file is None or at < file.floor:
+        if file is None or not file.gives(at):
             self._tell(peer, DownNoFile(frame.dev, frame.file_id))
         elif window:
             reached = self._stream(peer, file, at, min(frame.from_ + window, file.count))
@@ -3031,6 +3044,8 @@ class Rooms:
             file.got.add(peer.dev)
             file.waits.pop(peer, None)
             self._pass(room, file, file.floor)
+            if file.streamed and not file.waits:
+                room.drop_chunks(file, file.floor)
             if not room.wanted_by(key, file):
                 self._end_file(room, key)
 
