@@ -7257,7 +7257,7 @@ const Lab = (() => {
   const state = (name, id) => {
     const {s, view} = clients.get(name).session.rooms.get(id);
     return {head: s.head?.ch ?? '', target: s.target?.ch ?? '', epoch: s.head?.epoch ?? -1, asks: [...s.asks.keys()],
-      leaves: [...s.leaves].map(([d, l]) => [d, l.no]), outbox: [...s.outbox.keys()], alarms: s.alarms, lost: s.lost, split: s.split,
+      leaves: [...s.leaves].map(([d, l]) => [d, l.no]), outbox: [...s.outbox.keys()], lacking: [...s.lacking.keys()], alarms: s.alarms, lost: s.lost, split: s.split,
       devices: [...(s.head?.devices.keys() ?? [])], next: s.nextI, view: view.state, dev: s.dev, authors: [...s.authors].map(([d, a]) => [d, a.top, [...a.ahead.keys()]])};
   };
   const stored = async (name, id) => (await clients.get(name).session.store.events(id, {before: null, limit: 100000})).map((e) => [e.lam, e.dev, e.i,
@@ -9262,6 +9262,23 @@ class TestDisappearing:
         lab.tick(30)
         lab.settle(3)
         assert self.bodies(lab, bob, room) == []
+
+    def test_a_newcomer_entitled_to_it_does_not_go_on_asking_for_what_is_gone(self, lab: Laboratory) -> None:
+        ana, bob, cleo = fresh("ana", "bob", "cleo")
+        lab.start(ana, bob, cleo)
+        room = lab.create(ana)
+        lab.do(ana, "policy", history=2)
+        lab.join(ana, bob)
+        lab.do(ana, "send", text="soon gone", expires=5)
+        lab.do(ana, "send", text="stays")
+        lab.settle(3)
+        self.sees(lab, bob, "stays")
+        lab.settle(10)
+        assert [lab.texts(name) for name in (ana, bob)] == [["stays"]] * 2
+        lab.join(ana, cleo)
+        lab.settle(20)
+        assert lab.texts(cleo) == ["stays"]
+        assert lab.state(cleo, room)["lacking"] == []
 
 
 class TestReadMarks:
