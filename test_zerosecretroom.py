@@ -7237,7 +7237,7 @@ const Lab = (() => {
     if (intent.source) intent.source = new Blob([intent.source]);
     const result = await clients.get(name).session.dispatch(intent);
     await idle(name);
-    return result ?? null;
+    return (result instanceof Blob ? new Uint8Array(await result.arrayBuffer()) : result) ?? null;
   };
   /** resize changes up to what size files are kept sealed by their author and fetched unasked. */
   const resize = (keep, auto) => { Object.assign(sizes, {keep, auto}); };
@@ -9279,6 +9279,55 @@ class TestDisappearing:
         lab.settle(20)
         assert lab.texts(cleo) == ["stays"]
         assert lab.state(cleo, room)["lacking"] == []
+
+
+class TestViewOnce:
+    """A photo that each member opens once: then it is off that member's devices, and all know who has opened it."""
+
+    LIGHT = b"light and shade"
+
+    def send(self, lab: Laboratory, name: str) -> None:
+        lab.do(name, "files", files=[{"name": "photo.jpeg", "type": "image/jpeg", "bytes": self.LIGHT}], once=True)
+        lab.settle(10)
+
+    @staticmethod
+    def photos(lab: Laboratory, name: str) -> list[dict[str, Any]]:
+        return [m for m in lab.room(name)["messages"] if m["once"]]
+
+    def test_it_opens_once_and_goes_from_all_devices_of_who_opened_it(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        (laptop,) = fresh("laptop")
+        lab.start(laptop)
+        lab.linked(bob, laptop, room)
+        self.send(lab, ana)
+        (photo,) = self.photos(lab, bob)
+        assert (photo["file"]["state"], photo["expires"], len(self.photos(lab, laptop))) == ("here", 0, 1)
+        with pytest.raises(Refused, match="not to be opened"):
+            lab.do(ana, "open", key=photo["key"])
+        with pytest.raises(Refused, match="opens once"):
+            lab.do(cleo, "forward", keys=[photo["key"]], to=[room])
+        assert lab.do(bob, "open", key=photo["key"]) == self.LIGHT
+        with pytest.raises(Refused):
+            lab.do(bob, "open", key=photo["key"])
+        lab.crash(bob)
+        lab.settle(8)
+        for name in (bob, laptop):
+            assert (self.photos(lab, name), lab.room(name)["files"]) == ([], [])
+            assert lab.node.call("Lab.fading", name, room) == []
+        assert [self.photos(lab, name)[0]["opened"] for name in (ana, cleo)] == [[bob], [bob]]
+        assert lab.do(cleo, "open", key=photo["key"]) == self.LIGHT
+        lab.settle(3)
+        assert sorted(self.photos(lab, ana)[0]["opened"]) == [bob, cleo]
+
+    def test_who_never_opens_it_loses_it(self, lab: Laboratory) -> None:
+        _, (ana, bob, _) = room_of_three(lab)
+        self.send(lab, ana)
+        lab.do(bob, "read", key=self.photos(lab, bob)[0]["key"])
+        lab.tick(2_419_200)
+        lab.tick(30)
+        lab.settle(3)
+        assert [self.photos(lab, name) for name in (ana, bob)] == [[], []]
+        assert lab.room(bob)["files"] == []
 
 
 class TestReadMarks:
@@ -15930,6 +15979,20 @@ def let_disappear(ann: User, bob: User) -> None:
     eventually(lambda: "Ann set disappearing messages: After 1 hour." in bob.css("body").text(), "all are told")
 
 
+def view_once(ann: User, bob: User, photo: Path) -> None:
+    bob.click("button", "Poll or timer")
+    bob.find("menuitem", "Photo to view once").click()
+    bob.css("#about").says("Your next photo can be viewed once")
+    bob.upload(photo)
+    ann.find("button", "View photo").click()
+    shown = ann.find("dialog", "Photo to view once")
+    eventually(lambda: shown.find("img").js("(e) => e.naturalWidth") > 0, "it is shown")
+    ann.press("Escape")
+    ann.css("article .file").vanishes()
+    bob.css("article .file").says("Viewed by Ann")
+    assert not bob.find("button", "View photo").count()
+
+
 def keep_a_draft(bob: User) -> None:
     box = bob.find("textbox", "Message")
     box.fill("not sent yet")
@@ -15943,7 +16006,9 @@ def keep_a_draft(bob: User) -> None:
 
 
 @on_engines("chromium")
-def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay: Relay, engine: str) -> None:
+def test_people_pin_vote_mention_forward_and_use_commands(
+    arrive: Arrive, relay: Relay, media: Media, engine: str
+) -> None:
     ann = arrive(engine)
     make_room(ann, relay, "Kitchen")
     bob = arrive(engine, PHONE)
@@ -15955,6 +16020,7 @@ def test_people_pin_vote_mention_forward_and_use_commands(arrive: Arrive, relay:
     pin_and_vote(ann, bob)
     mention_and_command(ann, bob)
     forward(ann)
+    view_once(ann, bob, media["photo.jpg"])
     let_disappear(ann, bob)
     keep_a_draft(bob)
 
