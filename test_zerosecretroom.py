@@ -19721,6 +19721,71 @@ def test_ten_thousand_messages_open_as_quickly_as_a_hundred(arrive: Arrive, rela
     assert long < 2
 
 
+FLOOD = 1000
+# what holds a page up while messages come and somebody types: tasks of 50 ms and more, and from a key to the next frame
+WATCH_FRAMES_SCRIPT = """((box, log) => {
+  window.long = [];
+  window.keys = [];
+  new PerformanceObserver((list) => list.getEntries().forEach((e) => long.push(e.duration))).observe({type: 'longtask'});
+  const type = setInterval(() => {
+    const begun = performance.now();
+    box.value += 'a';
+    box.dispatchEvent(new InputEvent('input', {bubbles: true}));
+    requestAnimationFrame(() => keys.push(performance.now() - begun));
+  }, 100);
+  new MutationObserver((_, watch) => {
+    let last = log;
+    while (last.lastElementChild && !last.matches('article, p')) last = last.lastElementChild;
+    if (!last.textContent.includes('line %d')) return;
+    clearInterval(type);
+    watch.disconnect();
+    requestAnimationFrame(() => setTimeout(() => { window.flooded = true; }, 100));
+  }).observe(log, {childList: true, subtree: true});
+})(%s)"""
+BARE_FLOOD_SCRIPT = """(async () => {
+  for (let n = 1; n <= %d; n += 1) {
+    socket.send(new TextEncoder().encode(`line ${n}`));
+    if (n %% 10 === 0) await new Promise((go) => setTimeout(go));
+  }
+})()"""
+BARE_LOG_SCRIPT = """(() => {
+  document.body.innerHTML = '<textarea></textarea><div><div></div></div>';
+  socket.onmessage = ({data}) => {
+    const line = document.createElement('p');
+    line.textContent = new TextDecoder().decode(data);
+    document.querySelector('div > div').append(line);
+    scrollTo(0, document.body.scrollHeight);
+  };
+})()"""
+
+
+def held_up(user: User) -> tuple[float, float]:
+    """Milliseconds: the longest task, and from a key to the frame after it (p95)."""
+    user.wait("window.flooded", 120)
+    return max(user.js("long"), default=0.0), p95(user.js("keys"))
+
+
+@pytest.mark.bench
+@pytest.mark.xdist_group("bench")
+def test_a_thousand_messages_come_in_without_holding_the_page_up(
+    arrive: Arrive, relay: Relay, bare: BarePageServer
+) -> None:
+    plain = [arrive("chromium") for _ in range(2)]
+    for user in plain:
+        user.goto(bare.url())
+        user.js(BARE_SCRIPT)
+    plain[1].js(BARE_LOG_SCRIPT)
+    plain[1].js(WATCH_FRAMES_SCRIPT % (FLOOD, "document.querySelector('textarea'), document.querySelector('div')"))
+    plain[0].js(BARE_FLOOD_SCRIPT % FLOOD)
+    bare_task, bare_key = held_up(plain[1])
+    ann, bob = meet(arrive, relay, "chromium")
+    bob.js(WATCH_FRAMES_SCRIPT % (FLOOD, "document.getElementById('text'), document.getElementById('thread')"))
+    fill_room(ann, FLOOD)
+    task, key = held_up(bob)
+    show(f"{FLOOD} messages come in: longest task, ms", task, f"appending bare paragraphs {bare_task:.0f} ms")
+    show("key to frame meanwhile, p95, sealed / bare", key / bare_key, f"{key:.0f} ms / {bare_key:.0f} ms")
+
+
 # the room at work is caught where a piece of work ends; then it lets in 98 people at once, and a second device of 50
 CROWD_SCRIPT = """(async (size, linked) => {
   const {me, s} = desk, zero = Room.ZERO;
