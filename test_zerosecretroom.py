@@ -600,11 +600,17 @@ ROLES = {
     "combobox": "select, [role=combobox]",
 }
 SHOWN_SCRIPT = """
-const [selector, ...roots] = arguments;
-const all = roots.flatMap((root) => [...root.querySelectorAll(selector)]);
+const [selector, name, ...roots] = arguments;
+const all = (roots.length ? roots : [document]).flatMap((root) => [...root.querySelectorAll(selector)]);
 const shown = (e) => e.checkVisibility({visibilityProperty: true}) && !e.closest('[aria-hidden=true]');
-return all.filter((e) => e.type === 'file' || shown(e));
+const bare = (texts) => texts.join('').replace(/\\s+/g, '');
+const textOf = (id) => document.getElementById(id)?.textContent;
+const told = (e) => bare([e.getAttribute('aria-label'), ...(e.getAttribute('aria-labelledby') ?? '').split(' ').map(textOf),
+  ...[...e.labels ?? []].map((label) => label.textContent), e.alt, e.title, e.placeholder, e.value, e.textContent]);
+const may = (e) => name === null || e.querySelector('[aria-label], [alt], [title]') || told(e).includes(bare([name]));
+return all.filter((e) => (e.type === 'file' || shown(e)) && may(e));
 """
+"""Those that are shown, but for what cannot have the name: the driver is asked for each computed name one by one."""
 FILL_SCRIPT = """
 const [field, text] = arguments;
 field.focus();
@@ -839,10 +845,14 @@ class WebKitSpot(Spot):
     def elements(self) -> list[dict[str, str]]:
         if self.parent is None:
             return [self.user.driver.run("return document.documentElement")]
-        above = self.parent.elements()
+        whole = self.parent.parent is None  # the page need not be asked for
+        above = [] if whole else self.parent.elements()
+        if not whole and not above:
+            return []
         if self.index is not None:
             return above[self.index : self.index + 1] if self.index >= 0 else above[self.index :][:1]
-        found = self.user.driver.run(SHOWN_SCRIPT, self.selector, *above)
+        wanted = self.name if isinstance(self.name, str) else None
+        found = self.user.driver.run(SHOWN_SCRIPT, self.selector, wanted, *above)
         return [element for element in found if self.name is None or self._is_named(element)]
 
     def _is_named(self, element: dict[str, str]) -> bool:
