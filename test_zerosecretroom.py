@@ -51,6 +51,7 @@ import os
 import plistlib
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -1264,14 +1265,11 @@ class Node:
     def _ask(self, question: dict[str, object]) -> Any:
         dropped, self.dropped = self.dropped, []
         text = json.dumps({**question, "drop": dropped}, default=self._code)
-        too_late = threading.Timer(self.ANSWER_WITHIN, self.process.kill)
-        too_late.start()
-        try:
-            self.questions.write(text + "\n")
-            self.questions.flush()
-            line = self.answers.readline()
-        finally:
-            too_late.cancel()
+        self.questions.write(text + "\n")
+        self.questions.flush()
+        if not select.select([self.answers], [], [], self.ANSWER_WITHIN)[0]:
+            self.process.kill()
+        line = self.answers.readline()
         if not line:
             raise NodeBroken(f"node ended or was silent for {self.ANSWER_WITHIN:.0f} s")
         return self._result(json.loads(line, object_hook=self._revive))
