@@ -7313,7 +7313,7 @@ const Lab = (() => {
   const model = (name) => clients.get(name).session.model();
   const state = (name, id) => {
     const {s, view} = clients.get(name).session.rooms.get(id);
-    return {head: s.head?.ch ?? '', target: s.target?.ch ?? '', epoch: s.head?.epoch ?? -1, asks: [...s.asks.keys()],
+    return {head: s.head?.ch ?? '', target: s.target?.ch ?? '', pending: s.pending?.unit.ch ?? '', epoch: s.head?.epoch ?? -1, asks: [...s.asks.keys()],
       leaves: [...s.leaves].map(([d, l]) => [d, l.no]), outbox: [...s.outbox.keys()], alarms: s.alarms, lost: s.lost, split: s.split,
       devices: [...(s.head?.devices.keys() ?? [])], next: s.nextI, view: view.state, dev: s.dev, authors: [...s.authors].map(([d, a]) => [d, a.top, [...a.ahead.keys()]])};
   };
@@ -7326,7 +7326,7 @@ const Lab = (() => {
     const events = (await session.store.events(id, {before: null, limit: 100000})).map((e) => [e, Notary.contentOf(Keeper.unrecord(e.value).item)]);
     return {dev: s.dev, state: view.state, join: view.join?.state ?? '', by: view.join?.by ?? '', link: view.join?.inv_id ?? '', links: [...view.invites.keys()], notes, alarms: s.alarms, outbox: [...s.outbox.keys()], requests: view.requests.size,
       undone: Object.entries({pending: s.pending, target: s.target, split: s.split, lost: s.lost}).filter(([, x]) => x).map(([k]) => k),
-      wishes: [...s.removing, ...s.want.keys(), ...s.amend.promote, ...s.amend.demote, ...Object.keys(s.amend.policy)],
+      stays: talk.members.waits().some((n) => n.text === 'stays'), wishes: [...s.removing, ...s.want.keys(), ...s.amend.promote, ...s.amend.demote, ...Object.keys(s.amend.policy)],
       head: h && {ch: h.ch, epoch: h.epoch, admins: h.admins}, devices: of(h?.devices, 'from'), gone: of(h?.gone, 'last'),
       members: Object.fromEntries([...s.devices].map(([d, e]) => [d, e.member])), tops: Object.fromEntries([...s.authors].map(([d, a]) => [d, a.top])),
       known: [...s.known.values()].map((k) => [k.ch, k.parent, k.roster]), rosters: [...s.rosters].map(([r, x]) => [r, [...x.devices]]),
@@ -8027,6 +8027,41 @@ class TestMembership:
         lab.away(ana)
         lab.linked(bob, laptop, room, seconds=20)
         assert lab.texts(laptop) == ["before Cleo", "me too"]
+        assert lab.texts(cleo) == []
+
+    def test_a_device_that_two_admins_bring_in_reads_from_where_the_one_lets_it_whose_commit_wins(
+        self, lab: Laboratory
+    ) -> None:
+        """The other came later than the device's member, and what it does not know was not to be counted."""
+        ana, bob, cleo, laptop = fresh("ana", "bob", "cleo", "laptop")
+        lab.start(ana, bob, cleo, laptop)
+        room = lab.create(ana)
+        lab.join(ana, bob)
+        for name in (ana, bob):
+            lab.do(name, "send", text="before Cleo")
+            lab.settle(4)
+        lab.join(ana, cleo)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, cleo))
+        lab.settle(8)
+        lab.away(cleo)
+        link = lab.do(bob, "linkDevice", rooms=[room])["link"]
+        lab.settle(2)
+        lab.do(laptop, "link", text=link)
+        lab.do(laptop, "join", name=laptop)
+        while lab.state(ana, room)["pending"] == "":
+            lab.move(*lab.moves()[0])
+        lab.away(ana)  # its commit is on its disk and has not left
+        lab.start(cleo)
+        lab.settle(20)
+        assert (lab.state(laptop, room)["view"], lab.texts(laptop)) == ("member", [])
+        for name in (bob, cleo, laptop):
+            lab.away(name)
+        lab.kill()
+        lab.start(ana)
+        lab.settle(8)
+        lab.start(bob, cleo, laptop)
+        lab.settle(20)
+        agree(lab, room, [ana, bob, laptop], ["before Cleo", "before Cleo"])
         assert lab.texts(cleo) == []
 
     def test_whose_wish_to_leave_waits_keeps_the_other_devices_too(self, lab: Laboratory) -> None:
