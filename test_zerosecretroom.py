@@ -8192,6 +8192,25 @@ class TestMembership:
         assert lab.room(ana)["state"] == "left"
         assert lab.room(ana)["notes"] == []
 
+    def test_who_leaves_last_stays_for_whoever_is_just_coming_in(self, lab: Laboratory) -> None:
+        ana, bob = fresh("ana", "bob")
+        lab.start(ana, bob)
+        room = lab.create(ana)
+        link = lab.invite(ana)
+        lab.settle(2)
+        lab.do(bob, "link", text=link)
+        lab.do(bob, "join", name=bob)
+        while lab.state(ana, room)["pending"] == "":
+            lab.move(*lab.moves()[0])
+        lab.do(ana, "leaveRoom")
+        assert lab.room(ana)["state"] == "left"
+        lab.settle(12)
+        assert [lab.room(name)["state"] for name in (ana, bob)] == ["member", "member"]
+        assert [note["text"] for note in lab.room(ana)["notes"]] == ["stays"]
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(12)
+        assert [lab.room(name)["state"] for name in (ana, bob)] == ["left", "member"]
+
     def test_a_newcomer_whose_link_a_charter_ended_is_told_by_a_relay_that_forgot(self, clients: Node) -> None:
         lab = Stage(clients)
         _, (ana, bob, _) = room_of_three(lab)
@@ -8885,6 +8904,7 @@ class Saga:
     def members(self, head: Any, inside: dict[str, Any], met: dict[str, Any]) -> Iterator[str]:
         admins = {name for name, f in inside.items() if f["dev"] in head["head"]["admins"]}
         listed = {dev: head["members"][dev] for dev in head["head"]["admins"] if dev in head["devices"]}
+        alone = len({head["members"][dev] for dev in head["devices"]}) == 1  # who leaves last is out by that
         stays = all(dev in self.out or member in self.leaving for dev, member in listed.items())
         if strangers := set(head["devices"]) - {f["dev"] for f in met.values()}:
             yield f"listed and nobody's: {strangers}"
@@ -8895,7 +8915,7 @@ class Saga:
             if name in inside:
                 if f["head"] != head["head"] or f["devices"] != head["devices"]:
                     yield f"{name} has another head than the rest: {f['state']} {f['join']} {f['undone']}"
-                told = f["stays"] or f["state"] == "removed"  # the most senior is, or was unlinked besides
+                told = f["stays"] or f["state"] in ("removed", *(("left",) if alone else ()))
                 if not (stays and told) if f["dev"] in self.out else f["state"] != "member":
                     yield f"{name} is listed and {f['state']}; own word: {self.out.get(f['dev'])}"
                 if f["outbox"] or f["undone"] or f["wishes"]:
