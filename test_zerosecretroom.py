@@ -8211,6 +8211,34 @@ class TestMembership:
         lab.settle(12)
         assert [lab.room(name)["state"] for name in (ana, bob)] == ["left", "member"]
 
+    def test_what_was_said_by_one_whose_coming_lost_a_race_for_good_reaches_all_who_may_read_it(
+        self, lab: Laboratory
+    ) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        dora, erin = fresh("dora", "erin")
+        lab.start(dora, erin)
+        lab.do(ana, "policy", history=2)
+        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.settle(8)
+        lab.node.call("Lab.mute", ana, True)
+        lab.do(ana, "remove", member=self.id(lab, ana, bob))
+        lab.away(ana)  # its commit is on its disk and has not left
+        lab.join(bob, dora)
+        lab.do(dora, "send", text="hello from Dora")
+        lab.settle(8)
+        assert lab.texts(cleo) == ["hello from Dora"]
+        for name in (bob, cleo, dora):
+            lab.away(name)
+        lab.kill()
+        lab.start(ana)
+        lab.settle(8)
+        lab.start(cleo)
+        lab.settle(20)
+        lab.join(ana, erin)
+        lab.settle(20)
+        assert len(lab.state(ana, room)["devices"]) == 3
+        agree(lab, room, [ana, cleo, erin], ["hello from Dora"])
+
     def test_a_newcomer_whose_link_a_charter_ended_is_told_by_a_relay_that_forgot(self, clients: Node) -> None:
         lab = Stage(clients)
         _, (ana, bob, _) = room_of_three(lab)
