@@ -10200,7 +10200,7 @@ def unmoved(stage: Stage, room: str, *names: str) -> Iterator[None]:
 def test_attack_12_a_replayed_event_is_dropped_also_after_a_reload(stage: Stage) -> None:
     """Room.take knows an event by (dev, i) and its hash, from the disk and not from memory.
 
-    Seen to fail without: `if (held) return complete(s, e, held);` in Room.take, and without the store in Desk.kept.
+    Seen to fail without: `return complete(s, e, held);` in Room.take, and without the store in Desk.kept.
     """
     room, (ana, bob) = stage.meet("ana", "bob")
     stage.do(bob, "go", to={"at": "start"})
