@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=eea69d388ee7326a8081b0e97c3601712b7cfa5f31de6b089b3673614268f765
-  SHA256_PAGE=a003ea0c429dc41f2715a4857bbe790b0e7a13d5849bccda38c44b7753c1142e
+  SHA256_PROGRAM=26fceb89689f75f5a4007919cd8ee958c8fffe8769c9fd561a9c2270cf82c0d0
+  SHA256_PAGE=33e2be541e402f64018379f410f7331d746e7dccafddc970b6843f77a7c060c1
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
