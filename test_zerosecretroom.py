@@ -19,8 +19,8 @@ Sections, each only leaning on earlier ones:
     install         both installers, as text and in booted containers: install, upgrade, roll back, certificates
     bench           ratios against the plainest thing that does the same
 
-`bash .ci/test` installs what they need and runs them; marks: browser, install, bench and fuzz (these two only
-with `-m`).
+`bash .ci/test` installs what they need and runs them; marks: browser, install, and bench, fuzz and distributions (these
+three only with `-m`).
 """
 
 from __future__ import annotations
