@@ -38,7 +38,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=26fceb89689f75f5a4007919cd8ee958c8fffe8769c9fd561a9c2270cf82c0d0
-  SHA256_PAGE=33e2be541e402f64018379f410f7331d746e7dccafddc970b6843f77a7c060c1
+  SHA256_PAGE=3ba8c72d1c186a065016de4fdec7ba6af16f05b4d1dbdd404da26a5d50e76735
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
