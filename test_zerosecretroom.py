@@ -17374,6 +17374,15 @@ def test_a_reader_who_scrolled_up_stays_there_and_is_told_what_comes(arrive: Arr
     hears(bob, "more")
     eventually(lambda: log.js("(e) => e.scrollHeight - e.scrollTop - e.clientHeight") < 2, "it stays in sight")
     assert not bob.find("button", re.compile("below$|new message")).count()
+    place = log.js(PRESS_SCRIPT % "pointerdown")
+    write(ann, "under the finger")
+    hears(bob, "under the finger")
+    assert log.js("(e) => e.scrollTop") == place
+    log.js(PRESS_SCRIPT % "pointerup")
+    eventually(lambda: log.js("(e) => e.scrollHeight - e.scrollTop - e.clientHeight") < 2, "the end comes afterwards")
+
+
+PRESS_SCRIPT = "(e) => { e.dispatchEvent(new PointerEvent('%s', {bubbles: true})); return e.scrollTop; }"
 
 
 def open_long_room(user: User, relay: Relay, count: int) -> float:
