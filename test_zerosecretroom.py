@@ -18399,11 +18399,16 @@ def test_the_pins_are_those_of_the_files(script: Path) -> None:
         assert sha256(path.read_bytes()) in told, f"{script.name} pins another {path.name}: run bash .ci/pin"
 
 
+def requirements() -> list[str]:
+    """What an installer asks pip for."""
+    return called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines()
+
+
 def test_the_installers_bring_what_the_relay_says_it_needs() -> None:
     needed: list[str] = json.loads(
         re.findall(r"^# dependencies = (.*)$", RELAY.read_text(encoding="utf-8"), re.MULTILINE)[0]
     )
-    assert called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines() == needed
+    assert requirements() == needed
 
 
 def test_pinning_anew_writes_both_installers(tmp_path: Path) -> None:
@@ -18630,25 +18635,16 @@ class Site:
         as_program("bash", str(self.folder / ".ci" / "pin"))
 
 
-def memory_group(name: str) -> Path | None:
-    """A control group for memory, of version 1 or 2; None where the kernel gives none."""
-    for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+def memory_limit(name: str) -> Path | None:
+    """Where the limit of a new control group for memory stands, of version 1 or 2; None where the kernel gives none."""
+    for root, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        group = Path("/sys/fs/cgroup") / root / name
         with contextlib.suppress(OSError):
-            (group := root / name).mkdir(exist_ok=True)
-            if (group / "memory.limit_in_bytes").exists() or (group / "memory.max").exists():
-                return group
+            group.mkdir()
+            if (group / limit).exists():
+                return group / limit
             group.rmdir()
     return None
-
-
-def within(name: str, memory: int) -> list[str]:
-    """What a command line begins with for a program that gets that many bytes and no more."""
-    group = memory_group(name) if memory else None
-    if group is None:
-        return []
-    limit = next(file for file in (group / "memory.limit_in_bytes", group / "memory.max") if file.exists())
-    limit.write_text(str(memory))
-    return ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh"]
 
 
 class Machine:
@@ -18663,8 +18659,11 @@ class Machine:
         `unified` whether its control groups are of version 2 though the kernel's are not."""
         Machine.count += 1
         self.folder, self.layers, self.wheels = folder, layers, wheels or WHEELS
-        self.memory, self.unified = memory, unified
+        self.unified = unified
         self.name = f"z{os.getpid() % 100000}n{Machine.count}"
+        self.limit = memory_limit(self.name) if memory else None
+        if self.limit:
+            self.limit.write_text(str(memory))
         self.upper, self.root, self.site = folder / "upper", folder / "root", Site(folder / "site")
 
     def start(self) -> Machine:
@@ -18678,17 +18677,9 @@ class Machine:
 
     def boot(self) -> None:
         """Returns when its services run."""
-        command = [
-            *within(self.name, self.memory),
-            "systemd-nspawn",
-            "-q",
-            "-D",
-            str(self.root),
-            "-M",
-            self.name,
-            "--register=no",
-            "--keep-unit",
-        ]
+        enter = ["sh", "-c", f'echo $$ >{self.limit.parent}/cgroup.procs && exec "$@"', "sh"] if self.limit else []
+        command = [*enter, "systemd-nspawn", "-q", "-D", str(self.root), "-M", self.name]
+        command += ["--register=no", "--keep-unit"]
         command += ["--network-veth", "--kill-signal=SIGRTMIN+3", "--resolv-conf=off", "--timezone=off"]
         command += [f"--bind-ro={self.site.folder}:/srv/site", f"--bind-ro={self.wheels}:/srv/wheels", "--boot"]
         env = os.environ | ({"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"} if self.unified else {})
@@ -18764,6 +18755,8 @@ class Machine:
             os.kill(int(self.leader), signal.SIGKILL)
             self.process.wait(PATIENCE)
         as_program("umount", str(self.root))
+        if self.limit:
+            self.limit.parent.rmdir()
 
     def freeze(self) -> list[Path]:
         """Stopped for good; what it has become is a layer for others."""
@@ -18794,7 +18787,7 @@ def layers() -> list[Path]:
     """The bare tree. It is made anew, with the wheels, when what it is made of changes."""
     if reason := why_no_machine():
         pytest.skip(f"INSTALLERS NOT TRIED: {reason}")
-    asked = [*called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines(), called('echo "$CERTBOT"').strip()]
+    asked = [*requirements(), called('echo "$CERTBOT"').strip()]
     kept(WHEELS, f"{BOOKWORM.python} {asked}", lambda folder: make_wheels(folder, BOOKWORM.python, asked))
     return [tree_of(BOOKWORM)]
 
@@ -18835,6 +18828,7 @@ class Installed:
     told: str
     address: str
     seconds: float
+    limited: bool
 
 
 @pytest.fixture(scope="session")
@@ -18845,7 +18839,7 @@ def installed(memory: Path, layers: list[Path]) -> Installed:
     done = machine.install()
     seconds = time.monotonic() - begun
     assert done.returncode == 0, done.stdout + done.stderr
-    return Installed(machine.freeze(), done.stdout, machine.address, seconds)
+    return Installed(machine.freeze(), done.stdout, machine.address, seconds, limited=machine.limit is not None)
 
 
 @pytest.fixture(scope="session")
@@ -18897,10 +18891,8 @@ def disk_of(*folders: Path) -> int:
 def test_half_a_gigabyte_of_memory_and_one_of_disk_suffice(installed: Installed) -> None:
     """The machine was installed within a control group of 512 MB, the disk it writes to included."""
     assert disk_of(*installed.layers) < 1 << 30
-    group = memory_group("zsr-probe")
-    if group is None:
+    if not installed.limited:
         pytest.skip("MEMORY NOT LIMITED: this kernel lets no control group count memory")
-    group.rmdir()
 
 
 def exposure(machine: Machine) -> float:
@@ -19165,7 +19157,7 @@ def test_it_runs_on_every_release_it_names(release: Release, layers: list[Path],
     """Install by pipe, second run, uninstall; for Ubuntu ZSR_UBUNTU_KEYRING says where its archive's keys lie. Limit:
     where a standalone Python is fetched, it is Debian's with its libraries, in an archive of the same shape."""
     python = release.python or BOOKWORM.python
-    asked = called('printf "%s\\n" "${REQUIREMENTS[@]}"').splitlines()
+    asked = requirements()
     wheels = kept(
         WHEELS.with_name(f"wheels-{python}"),
         f"{asked} +",
