@@ -19279,7 +19279,9 @@ BARE_SERVER = textwrap.dedent("""
             async for message in socket:
                 broadcast(present, message)
 
-        async with serve(member, "127.0.0.1", int(sys.argv[3]), ssl=context, compression=None) as server:
+        # no signs of life: a full load keeps their answers waiting for longer than it waits for them
+        options = dict(ssl=context, compression=None, ping_interval=None)
+        async with serve(member, "127.0.0.1", int(sys.argv[3]), **options) as server:
             print("page ", flush=True)
             await server.wait_closed()
 
@@ -19344,6 +19346,10 @@ class LoadClient(asyncio.Protocol):
                 self.load.received(self, message)
             elif self.messages:
                 self.messages.put_nowait(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(self.load, Load) and not self.load.done.done():
+            self.load.done.set_exception(exc or ConnectionError("the server hung up"))
 
     def take(self) -> bytes:
         """The next whole message, or nothing."""
