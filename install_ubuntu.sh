@@ -37,7 +37,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=26fceb89689f75f5a4007919cd8ee958c8fffe8769c9fd561a9c2270cf82c0d0
+  SHA256_PROGRAM=5988411387bd43680493078c7908f668f87f85d6e6f62c89ff60262773e33d85
   SHA256_PAGE=3ba8c72d1c186a065016de4fdec7ba6af16f05b4d1dbdd404da26a5d50e76735
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

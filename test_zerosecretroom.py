@@ -14123,9 +14123,9 @@ def narrow_socket(port: int) -> socket.socket:
 class LinkThread:
     """The same Link and Rooms on plain loopback with limits of the test's choice, for what takes a minute otherwise."""
 
-    def __init__(self, proxies: Iterable[zsr.Network] = (), **limits: Any) -> None:
+    def __init__(self, proxies: Iterable[zsr.Network] = (), page: bytes = b"", **limits: Any) -> None:
         self.limits = replace(zsr.Limits(), tick_seconds=0.05, **limits)
-        self.proxies = list(proxies)
+        self.proxies, self.page = list(proxies), page
         self.listener = zsr.listen("127.0.0.1", 0)
         self.port: int = self.listener.getsockname()[1]
         self.started, self.thread = threading.Event(), threading.Thread(target=lambda: asyncio.run(self.run()))
@@ -14134,7 +14134,7 @@ class LinkThread:
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         identity = zsr.RelayIdentity(new_key())
         rooms = zsr.Rooms(self.limits, identity, os.urandom(16), frozenset(), os.urandom, lambda: WALL)
-        self.link = zsr.Link(rooms, zsr.Page.of(b""), self.limits, None, proxies=self.proxies)
+        self.link = zsr.Link(rooms, zsr.Page.of(self.page), self.limits, None, proxies=self.proxies)
         await self.link.start([self.listener])
         self.started.set()
         await self.ended.wait()
@@ -14273,6 +14273,29 @@ def test_who_does_not_ask_for_anything_is_let_go() -> None:
         dripping.sendall(b"GET / HT")
         assert mute.recv(1) == b""
         assert dripping.recv(1) == b""
+
+
+def asks_for_page(link: LinkThread, raw: socket.socket) -> float:
+    """When it had the answer's first bytes, and no more."""
+    raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert raw.recv(9) == b"HTTP/1.1 "
+    return time.monotonic()
+
+
+LONG_PAGE = bytes(16 << 20)  # more than the system takes of it at once
+
+
+def test_a_page_comes_whole_through_the_slowest_line() -> None:
+    with LinkThread(page=LONG_PAGE, close_seconds=0.1) as link, link.raw() as slow:
+        begun = asks_for_page(link, slow)
+        eventually(lambda: link.link._swept > begun + 1, "the relay looked at it long after a farewell's time")
+        assert sum(map(len, iter(lambda: slow.recv(1 << 20), b""))) > len(LONG_PAGE)
+
+
+def test_who_never_takes_the_page_is_let_go() -> None:
+    with LinkThread(page=LONG_PAGE, answer_seconds=0.3) as link, link.raw() as mute:
+        asks_for_page(link, mute)
+        eventually(lambda: not link.link._conns, "its connection is gone")
 
 
 def test_a_socket_that_never_logs_in_is_closed_by_its_rooms() -> None:
@@ -15119,6 +15142,26 @@ def client_hello() -> bytes:
     with contextlib.suppress(ssl.SSLWantReadError):
         tls.do_handshake()
     return outgoing.read()
+
+
+def test_what_tls_says_of_itself_is_taken_before_others_have_their_turn(relay: Relay) -> None:
+    """Connections share the buffer that TLS writes to: an alert left in it would go to whoever sends next."""
+    shared = ssl.MemoryBIO()
+    pipe = zsr.Tls(zsr.tls_context(relay.state / zsr.TLS_CERT, relay.state / zsr.TLS_KEY), shared)
+    context, incoming, outgoing = relay.trust(), ssl.MemoryBIO(), ssl.MemoryBIO()
+    assert context
+    client = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    assert list(pipe.receive(outgoing.read())) == [b""]
+    incoming.write(pipe.pending())
+    client.do_handshake()
+    client.write(b"the last word")
+    received = iter(pipe.receive(outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32)))
+    assert (next(received), shared.pending) == (b"the last word", 0)
+    with pytest.raises(ssl.SSLError):
+        next(received)
+    assert pipe.pending()
 
 
 def test_junk_logins_leave_nothing_behind(relay: Relay) -> None:
@@ -18610,6 +18653,7 @@ class Release:
 
 
 BOOKWORM = Release("bookworm", "3.11", more=",pebble")
+WALLED = Release("bookworm", "3.11", more=",ufw,firewalld")
 
 
 def make_wheels(folder: Path, python: str, requirements: list[str]) -> None:
@@ -18779,7 +18823,7 @@ def why_no_machine() -> str:
 def tree_of(release: Release) -> Path:
     """A bare system of that release, with the archives of what the installer asks for."""
     stamp = f"{release.suite} {release.options} {TREE_PACKAGES}{release.more} {LATER_PACKAGES}"
-    return kept(WHEELS.with_name(release.suite), stamp, release.make_tree)
+    return kept(WHEELS.with_name(release.suite + release.more.replace(",", "-")), stamp, release.make_tree)
 
 
 @pytest.fixture(scope="session")
@@ -19185,6 +19229,46 @@ def test_it_runs_on_every_release_it_names(release: Release, layers: list[Path],
         assert disk_of(*machine.layers, machine.upper) < 1 << 30
         assert machine.install("--uninstall", ZSR_PURGE="1").returncode == 0
         assert machine.run("curl", "-ksf", "https://127.0.0.1/healthz").returncode == 7
+    finally:
+        machine.stop()
+
+
+def lets_in(machine: Machine, port: int) -> bool:
+    """Whether one who is not on the machine reaches a plain server there, which the machine itself does."""
+    machine.sh(f"systemd-run -q --unit=plain python3 -m http.server {port}")
+    at_home = functools.partial(machine.run, "curl", "-sfo", "/dev/null", f"http://127.0.0.1:{port}/")
+    eventually(lambda: at_home().returncode == 0, "the plain server answers")
+    try:
+        with socket.create_connection((machine.address, port), 3):  # seconds: one firewall refuses, the other is silent
+            return True
+    except OSError:
+        return False
+    finally:
+        machine.sh("systemctl stop plain")
+
+
+@pytest.mark.distributions
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("wall", "up"),
+    [("ufw", "systemctl disable -q --now firewalld; ufw --force enable"), ("firewalld", "systemctl start firewalld")],
+)
+def test_a_firewall_lets_people_in_while_the_relay_is_there(
+    wall: str, up: str, layers: list[Path], memory: Path
+) -> None:
+    """With Debian's own ufw and firewalld, and the kernel's nftables below them."""
+    (folder := memory / wall).mkdir()
+    machine = Machine(folder, [tree_of(WALLED)]).start()
+    try:
+        machine.sh(up)
+        assert not lets_in(machine, 443)
+        done = machine.install()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "firewall: port 443 opened" in done.stdout
+        assert shown_at(machine.address, 443)
+        assert "firewall" not in machine.install().stdout
+        assert machine.install("--uninstall").returncode == 0
+        assert not lets_in(machine, 443)
     finally:
         machine.stop()
 

@@ -184,6 +184,7 @@ class Limits:
     silence: float = 60.0  # s without a byte before a socket counts as dead: pages ping after 20
     head_bytes: int = 16_384  # bytes of a request head: browsers send 1 KB
     head_seconds: float = 10.0  # s from connecting to a whole request head, TLS included
+    answer_seconds: float = 120.0  # s until an answer is taken whole: the page comes through 17 kbit/s
     close_seconds: float = 3.0  # s a farewell may take: 5 s after SIGTERM every socket is gone
     tick_seconds: float = 1.0  # s between Link's looks at its connections: 20,000 take 10 ms
     join_bytes: int = 262_144  # bytes of frames joined into one message: browsers take that in one go
@@ -3866,7 +3867,7 @@ CLOSE_GOING_AWAY, CLOSE_NOT_BYTES, CLOSE_ODD, CLOSE_BUG, CLOSE_TOO_SLOW, CLOSE_S
 CLOSE_BUSY = 1013
 TLS_RECORD = 16384  # bytes: OpenSSL's buffers never shrink, so nothing larger goes through them at once
 TLS_HANDSHAKE = 0x16
-HEAD, OPEN, CLOSING, GONE = "head", "open", "closing", "gone"
+HEAD, ANSWERED, OPEN, CLOSING, GONE = "head", "answered", "open", "closing", "gone"
 
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 THIS_MACHINE = ("127.0.0.1",)  # where who comes through a Unix socket is
@@ -3922,16 +3923,18 @@ class Tls:
         for start in range(0, len(data), TLS_RECORD):
             self._incoming.write(view[start : start + TLS_RECORD])
             pieces: list[bytes] = []
+            ended: ssl.SSLError | None = None
             try:
                 self._read(pieces)
             except ssl.SSLWantReadError:
                 pass
-            except ssl.SSLError:
-                yield b"".join(pieces)  # what came before a farewell counts
-                raise
+            except ssl.SSLError as error:
+                ended = error
             finally:
                 self._said += self._outgoing.read()
-            yield b"".join(pieces)
+            yield b"".join(pieces)  # what came before a farewell counts
+            if ended is not None:
+                raise ended
 
     def _read(self, pieces: list[bytes]) -> None:
         if not self._shaken:
@@ -4281,7 +4284,7 @@ class Conn(asyncio.Protocol):
 
     def _respond(self, response: bytes) -> None:
         self._write((response,))
-        self._end()
+        self._end(ANSWERED)
 
     def _upgrade(self, head: bytes) -> bool:
         socket_ = ServerProtocol(max_size=self._link.limits.max_message, logger=silent)
@@ -4524,14 +4527,14 @@ class Conn(asyncio.Protocol):
     def abort(self) -> None:
         self._transport.abort()
 
-    def _start_closing(self) -> None:
-        self.state, self.heard = CLOSING, self._link.now()
+    def _start_closing(self, state: str = CLOSING) -> None:
+        self.state, self.heard = state, self._link.now()
         self._transport.resume_reading()  # the answer to a close frame
         self._link.depart(self)
 
-    def _end(self) -> None:
+    def _end(self, state: str = CLOSING) -> None:
         """Ends the connection once the transport is empty."""
-        self._start_closing()
+        self._start_closing(state)
         self._socket = None
         if self._pipe is not None:
             self._transport.write(self._pipe.close())
@@ -4579,6 +4582,11 @@ class Link:
         self._conns: set[Conn] = set()
         self._places: Counter[str] = Counter()  # connections, by where they come from
         self._held = 0  # bytes that come and go
+        self._patience = {  # s in a state
+            HEAD: limits.head_seconds,
+            ANSWERED: limits.answer_seconds,
+            CLOSING: limits.close_seconds,
+        }
         self._dirty: set[Conn] = set()
         self._servers: list[asyncio.Server] = []
         self.outgoing = ssl.MemoryBIO()  # see Tls
@@ -4846,7 +4854,7 @@ class Link:
             conn.cut(CLOSE_SILENT, "silent")
         elif conn.state == OPEN and quiet > self.limits.silence / 2 and not conn.pinged:
             conn.ping()
-        elif quiet > {HEAD: self.limits.head_seconds, CLOSING: self.limits.close_seconds}.get(conn.state, quiet):
+        elif quiet > self._patience.get(conn.state, quiet):
             conn.abort()
 
     def _relieve(self) -> None:
