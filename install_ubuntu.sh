@@ -38,7 +38,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=5988411387bd43680493078c7908f668f87f85d6e6f62c89ff60262773e33d85
-  SHA256_PAGE=3ba8c72d1c186a065016de4fdec7ba6af16f05b4d1dbdd404da26a5d50e76735
+  SHA256_PAGE=2a2ccbcb4fbb06124b80233910f7ce9f9e15b1e7d88a785b1391b3ef6fb57843
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

@@ -7150,6 +7150,28 @@ class TestSilence:
         line.pass_time(500)
         line.comes("open", 2)
 
+    def test_a_line_that_may_be_slow_gets_twice_the_patience_until_it_answers_at_once(
+        self, line: Line, peer: Peer
+    ) -> None:
+        """Of a large message nothing is heard until it is whole: at the same patience it would never come."""
+        peer.mood = "is mute"
+        line.opened(peer.url)
+        for number, seconds in enumerate((10, 20, 40, 80, 80), 1):
+            line.pass_time(20_000 + 1000 * seconds - 1)
+            assert len(line.of("closed")) == number - 1
+            line.pass_time(1)
+            assert line.comes("closed", number)["reason"] == "silent"
+            line.pass_time(500)
+            line.comes("open", number + 1)
+        line.pass_time(20_000)
+        eventually(lambda: len(peer.heard) == 6, "it is asked")
+        peer.met[-1].send(b"pong")
+        line.comes("message")
+        line.pass_time(29_999)
+        assert len(line.of("closed")) == 5
+        line.pass_time(1)
+        assert len(line.of("closed")) == 6
+
     @pytest.mark.parametrize("event", ["online", "offline", "pageshow", "visibilitychange"])
     def test_a_page_that_wakes_gives_an_open_socket_four_seconds(self, line: Line, peer: Peer, event: str) -> None:
         peer.mood = "is mute"
