@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=5988411387bd43680493078c7908f668f87f85d6e6f62c89ff60262773e33d85
-  SHA256_PAGE=2a2ccbcb4fbb06124b80233910f7ce9f9e15b1e7d88a785b1391b3ef6fb57843
+  SHA256_PAGE=c9373a11d918d6b4192594b63f2cc2f97287ad0fcbf28fdc34329874dfb1c3f8
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
