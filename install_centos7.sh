@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=5988411387bd43680493078c7908f668f87f85d6e6f62c89ff60262773e33d85
-  SHA256_PAGE=c9373a11d918d6b4192594b63f2cc2f97287ad0fcbf28fdc34329874dfb1c3f8
+  SHA256_PAGE=331fd1ecdb82317ba1cd57c1afb9ac682a8441ce1ac2d2774cdc40fc5bcc1d2c
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
