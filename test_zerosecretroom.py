@@ -1530,7 +1530,7 @@ def test_each_door_to_the_world_has_one_owner(world: str, owner: str) -> None:
 
 PURE = {"Array", "ArrayBuffer", "BigInt", "Boolean", "DataView", "Error", "Infinity", "JSON", "Map", "Math", "Number"}
 PURE |= {"Object", "RangeError", "Set", "String", "TextDecoder", "TextEncoder", "TypeError", "Uint8Array", "undefined"}
-PURE |= {"Symbol", "parseInt", "structuredClone", "NaN", "Uint32Array", "Uint16Array"}
+PURE |= {"Symbol", "parseInt", "structuredClone", "NaN", "Uint32Array", "Uint16Array", "WeakMap"}
 
 
 @pytest.mark.parametrize(
@@ -12512,6 +12512,39 @@ def test_an_import_brings_everything_to_another_browser(safe: Safe) -> None:
     assert safe.imported(new, data) == {"added": 0, "kept": 1}
     safe.crash(new)
     assert safe.stored(new, room) == safe.stored(bob, room)
+
+
+@pytest.mark.parametrize("who", ["receiver", "author"])
+def test_a_photo_to_view_once_does_not_leave_by_an_export(safe: Safe, who: str) -> None:
+    """Neither its bytes nor its key, by the oracle; the message says where it is, and nobody is asked for it."""
+    room, (ana, bob) = safe.meet("ana", "bob")
+    (new, again), name = fresh("new", "again"), bob if who == "receiver" else ana
+    content, photo = os.urandom(300_000), {"name": "photo.jpeg", "type": "image/jpeg", "bytes": os.urandom(5000)}
+    safe.do(ana, "files", files=[{"name": "a.bin", "type": "", "bytes": content}])
+    safe.settle(10)
+    safe.do(ana, "files", files=[photo], once=True)
+    safe.settle(10)
+    assert any("image/jpeg" in str(m["file"]) for m in safe.room(name)["messages"])
+    data = safe.exported(name)
+    records = Export.open(data).records()
+    assert len([kind for kind, _ in records if kind == "chunk"]) == 2
+    assert len([1 for kind, fields in records if kind == "meta" and ":file:" in fields[0]]) == 1
+    events = [fields[-1] for kind, fields in records if kind == "event"]
+    assert len(events) == len(safe.stored(name, room)), "its header is there: no chain has a gap"
+    assert not any(b"image/jpeg" in value for value in events)
+    safe.start(new)
+    safe.imported(new, data)
+    safe.do(new, "go", to={"at": "room", "id": room})
+    for _ in range(2):
+        (shown,) = [m for m in safe.room(new)["messages"] if m["kind"] == "away"]
+        assert (shown["author"], shown["file"], shown["once"]) == (ana, None, False)
+        assert [m["file"]["name"] for m in safe.room(new)["messages"] if m["file"]] == ["a.bin"]
+        safe.settle(30)
+    assert safe.state(new, room)["lacking"] == []
+    safe.start(again)
+    safe.imported(again, safe.exported(new))
+    safe.do(again, "go", to={"at": "room", "id": room})
+    assert [m["kind"] for m in safe.room(again)["messages"]].count("away") == 1
 
 
 class TestRelink:
