@@ -37,8 +37,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=5988411387bd43680493078c7908f668f87f85d6e6f62c89ff60262773e33d85
-  SHA256_PAGE=331fd1ecdb82317ba1cd57c1afb9ac682a8441ce1ac2d2774cdc40fc5bcc1d2c
+  SHA256_PROGRAM=241c1e1f8632db905970dd5e18e8f2112bb86b9b5f2cce8e8486b44bcb79a6b8
+  SHA256_PAGE=4763cc65455cb6d43bcbecd996d19267c39ec4797308a6b7b1e0970ef23fc200
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

@@ -4615,7 +4615,6 @@ class Link:
         self._empty = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._swept = self.now()
-        self._patience = {HEAD: limits.head_seconds, CLOSING: limits.close_seconds}
         self._look = 0  # which part of the tick this is
         self._round: list[Conn] = []  # whom this tick looks at
         self._ended = 0  # connections, since cycles of garbage were last searched for
