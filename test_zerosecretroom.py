@@ -9839,10 +9839,11 @@ def test_who_pauses_takes_no_more_while_others_do(freight: Freight) -> None:
 
 def test_a_transfer_rests_at_either_end_and_goes_on(freight: Freight) -> None:
     (ana, bob, cleo), content = sent_file(freight, 14)
-    freight.until(lambda: [name for name, _ in freight.came].count(bob) >= 3)
-    for name in (ana, bob):
-        freight.do(name, "pause", file=freight.file(name)["id"])
-        assert freight.file(name)["state"] == "paused"
+    freight.until(lambda: len(freight.puts) >= 3)
+    freight.do(ana, "pause", file=freight.file(ana)["id"])
+    freight.until(lambda: bob in [name for name, _ in freight.came])
+    freight.do(bob, "pause", file=freight.file(bob)["id"])
+    assert [freight.file(name)["state"] for name in (ana, bob)] == ["paused", "paused"]
     freight.settle(15)
     rest = freight.file(ana)["done"], freight.file(bob)["done"]
     freight.settle(15)
