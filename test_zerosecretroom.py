@@ -404,6 +404,23 @@ class Engine(abc.ABC):
 
 # Chromium and Firefox: Playwright on the system's own builds. ---------------------------------------------------------
 
+CHROMIUM_WITHOUT = (
+    # the drop-down of the address bar is two pages of Chromium's own in a process of its own, for each window
+    "WebUIOmniboxPopup",
+    "WebUIOmniboxAimPopup",
+    # what Playwright leaves out itself: of two lists Chromium heeds the last
+    "AvoidUnnecessaryBeforeUnloadCheckSync",
+    "DestroyProfileOnBrowserClose",
+    "DialMediaRouteProvider",
+    "GlobalMediaControls",
+    "HttpsUpgrades",
+    "MediaRouter",
+    "NetworkTimeServiceQuerying",
+    "OptimizationHints",
+    "PaintHolding",
+    "ThirdPartyStoragePartitioning",
+    "Translate",
+)
 CHROMIUM_ARGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -412,6 +429,7 @@ CHROMIUM_ARGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    f"--disable-features={','.join(CHROMIUM_WITHOUT)}",
 ]
 
 
