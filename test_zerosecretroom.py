@@ -431,6 +431,8 @@ CHROMIUM_ARGS = [
     "--disable-sync",
     f"--disable-features={','.join(CHROMIUM_WITHOUT)}",
 ]
+FIREFOX_PREFERENCES: dict[str, str | float | bool] = {"layout.frame_rate": 20}
+"""Without a graphics card each picture is drawn on the processor."""
 
 
 class PlaywrightEngine(Engine):
@@ -447,7 +449,11 @@ class PlaywrightEngine(Engine):
 
     def _launch(self) -> pw.Browser:
         if self.name == "firefox":
-            return self.driver.firefox.launch(executable_path=program("firefox-esr", "firefox"), channel="moz-firefox")
+            return self.driver.firefox.launch(
+                executable_path=program("firefox-esr", "firefox"),
+                channel="moz-firefox",
+                firefox_user_prefs=FIREFOX_PREFERENCES,
+            )
         return self.driver.chromium.launch(
             executable_path=program("chromium", "chromium-browser"),
             args=CHROMIUM_ARGS,
