@@ -15218,6 +15218,73 @@ def test_tricks_with_paths_and_fields_get_one_plain_answer(lasting_relay: Relay,
     assert b"Injected" not in answer
 
 
+OPENING = {
+    "Host": "a",
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec-WebSocket-Version": "13",
+}
+
+
+def opening_answer(version: str = "1.1", **changed: str) -> bytes:
+    """The answer to RFC 6455's own example of an opening, with some of its fields changed."""
+    fields = OPENING | {name.replace("_", "-"): value for name, value in changed.items()}
+    head = f"GET /ws/aaa HTTP/{version}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    request = zsr.parse_request(head.encode() + b"\r\n")
+    assert request
+    return zsr.open_socket(request)
+
+
+@pytest.mark.parametrize("connection", ["Upgrade", "keep-alive, Upgrade", "keep-alive,upgrade"])
+def test_an_opening_is_answered_as_in_rfc_6455(connection: str) -> None:
+    status, *fields = opening_answer(Connection=connection).removesuffix(b"\r\n\r\n").split(b"\r\n")
+    assert status == b"HTTP/1.1 101 Switching Protocols"
+    assert sorted(fields) == [
+        b"Connection: Upgrade", b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", b"Upgrade: websocket",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"version": "1.0"},
+        {"Connection": "close"},
+        {"Connection": "Upgraded"},
+        {"Sec_WebSocket_Key": ""},
+        {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ=="[:-4]},
+        {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZSE="},
+        {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="},
+        {"Sec_WebSocket_Version": "8"},
+        {"Sec_WebSocket_Version": "13, 8"},
+        {"Content_Length": "5"},
+        {"Transfer_Encoding": "chunked"},
+    ],
+)
+def test_half_an_opening_opens_nothing(changed: dict[str, str]) -> None:
+    assert opening_answer(**changed) == b""
+
+
+def test_a_connection_that_ended_is_freed_at_once() -> None:
+    """Not when Python next searches all there is for cycles of garbage, which the relay seldom has done."""
+    gc.collect()
+    gc.disable()
+    try:
+        with LinkThread() as link:
+            for farewell in (True, False):
+                raw = link.raw()
+                raw_handshake(raw)
+                if farewell:
+                    raw.sendall(bytes.fromhex("888200000000" + "03e8"))
+                    assert raw.recv(1) == b"\x88"
+                raw.close()
+            eventually(lambda: not link.link._conns, "both are gone")
+            link.loop.call_soon_threadsafe(link.link._round.clear)
+            eventually(lambda: not any(isinstance(each, zsr.Conn) for each in gc.get_objects()), "nothing is left")
+    finally:
+        gc.enable()
+
+
 @pytest.mark.relay("--limit", "head_seconds=1", "--limit", "login_timeout=1", "--limit", "close_seconds=1")
 def test_whoever_drips_is_let_go_in_every_phase(relay: Relay) -> None:
     context = relay.trust()
@@ -19870,8 +19937,8 @@ class Trickle:
             client.load = self
 
     def received(self, client: LoadClient, message: bytes) -> None:
-        if 0x86 in {frame[0] for frame in zsr.split_frames(message)}:
-            self.waits.append(time.monotonic() - self.sent[self.places[client]])
+        entries = sum(frame[0] == 0x86 for frame in zsr.split_frames(message))
+        self.waits += [time.monotonic() - self.sent[self.places[client]]] * entries
 
     async def run(self, rooms: int, seconds: float) -> tuple[float, float]:
         """Milliseconds that half of the deliveries, and all but a hundredth, took at most. All members are in this one

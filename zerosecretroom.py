@@ -84,7 +84,7 @@ import time
 import traceback
 import uuid
 import weakref
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -113,7 +113,6 @@ try:
     from cryptography.x509.oid import ExtendedKeyUsageOID
     from websockets.exceptions import InvalidState
     from websockets.frames import Frame, Opcode
-    from websockets.http11 import Request as Handshake
     from websockets.protocol import State
     from websockets.server import ServerProtocol
 
@@ -3093,7 +3092,10 @@ class OperatorFault(Exception):
 # what browsers get; /trust has no script and is filled anew with each certificate.
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 HOST = re.compile(r"[A-Za-z0-9.\-\[\]:]{1,255}")
-REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
+REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/(1\.[01])")
+SOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes
+SOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
 FIELD_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
 INLINE_BLOCK = re.compile(rb"<(script|style)\b[^>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
 SAFETY = {
@@ -3114,6 +3116,7 @@ class HttpRequest:
 
     method: str
     target: str
+    version: str
     fields: Mapping[str, str]
 
     @property
@@ -3129,6 +3132,10 @@ class HttpRequest:
     @property
     def head_only(self) -> bool:
         return self.method == "HEAD"
+
+    @property
+    def upgrades(self) -> bool:
+        return "upgrade" in {option.strip().lower() for option in self.fields.get("connection", "").split(",")}
 
     @property
     def wants_socket(self) -> bool:
@@ -3147,7 +3154,20 @@ def parse_request(head: bytes) -> HttpRequest | None:
             return None
         name, value = field[1].lower(), field[2]
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return HttpRequest(asked[1], asked[2], fields) if asked else None
+    return HttpRequest(asked[1], asked[2], asked[3], fields) if asked else None
+
+
+def open_socket(request: HttpRequest) -> bytes:
+    """The answer that opens a WebSocket (RFC 6455, 4.2), without extensions; nothing where the request lacks something
+    that every browser sends."""
+    fields = request.fields
+    key = fields.get("sec-websocket-key", "")
+    if not request.upgrades or request.version != "1.1" or not SOCKET_KEY.fullmatch(key):
+        return b""
+    if fields.get("sec-websocket-version") != "13" or fields.keys() & {"content-length", "transfer-encoding"}:
+        return b""
+    accept = b64encode(hashlib.sha1(key.encode() + SOCKET_GUID, usedforsecurity=False).digest())
+    return SWITCHING + accept + b"\r\n\r\n"
 
 
 def respond(status: str, fields: Mapping[str, str], body: bytes, head_only: bool = False) -> bytes:
@@ -4020,19 +4040,14 @@ class Sieve:
     """Takes whole binary messages, which is what pages send, out of what a socket received. All else goes to
     websockets, which is the judge of frames but takes several times as long; to it those messages never were."""
 
-    __slots__ = ("_fragments", "_head", "_left", "_socket", "coming")
+    __slots__ = ("_fragments", "_head", "_judge", "_left", "coming")
 
-    def __init__(self, socket_: ServerProtocol) -> None:
-        self._socket = socket_
+    def __init__(self, judge: Callable[[], ServerProtocol]) -> None:
+        self._judge = judge
         self._head = b""  # of a frame whose head is not whole
         self._left = 0  # bytes to come of one whose head is
         self._fragments = False  # whether the last frame of a message is to come
         self.coming = 0  # bytes received of a frame that is not whole
-
-    @property
-    def ended(self) -> bool:
-        """Whether the other side said its farewell, or something that no client may: nothing after it counts."""
-        return self._socket.close_rcvd is not None or self._socket.parser_exc is not None
 
     def receive(self, data: bytes) -> list[bytes | Frame]:
         """Messages that came whole, and websockets' frames between them."""
@@ -4046,10 +4061,11 @@ class Sieve:
                     at = end
                     continue
             start, at = at, self._end_of_part(data, at)
-            self._socket.receive_data(data[start:at])
-            received += [event for event in self._socket.events_received() if isinstance(event, Frame)]
-            if self.ended:
-                break
+            judge = self._judge()
+            judge.receive_data(data[start:at])
+            received += [event for event in judge.events_received() if isinstance(event, Frame)]
+            if judge.close_rcvd is not None or judge.parser_exc is not None:
+                break  # its farewell, or what no client may say: nothing after it counts
         return received
 
     def _end_of_part(self, data: bytes, at: int) -> int:
@@ -4262,8 +4278,8 @@ class Conn(asyncio.Protocol):
     def _read(self, plain: bytes) -> None:
         if self.state == HEAD:
             self._read_head(plain)
-        elif self._socket is not None and self._sieve is not None:
-            self._read_socket(self._socket, self._sieve.receive(plain))
+        elif self._sieve is not None:
+            self._read_socket(self._sieve.receive(plain))
 
     def _read_head(self, plain: bytes) -> None:
         self._received += plain
@@ -4281,26 +4297,26 @@ class Conn(asyncio.Protocol):
         elif request is None:
             self._respond(self._link.page.answer(request))
         elif busy := self._link.too_many(self, request):
-            self._turn_away(head, request, busy)
+            self._turn_away(request, busy)
         elif report := self._link.report(self, request):
             self._respond(report)
         elif not request.wants_socket:
             self._respond(self._link.page.answer(request))
         elif refusal := self._link.refusal(self, request):
             self._respond(respond_text("403 Forbidden", refusal))
-        elif self._upgrade(head):
+        elif self._upgrade(request):
             self.entered = True
             self._link.enter(self, request.path.removeprefix("/ws/"))
             self._read(rest)
 
-    def _turn_away(self, head: bytes, request: HttpRequest, busy: PeerFault) -> None:
+    def _turn_away(self, request: HttpRequest, busy: PeerFault) -> None:
         """Says why there is no place now, where the one who asks can read it: pages see no status of a socket."""
         if not request.wants_socket:
             seconds = str(busy.retry_ms // 1000)
             self._respond(
                 respond_text("503 Service Unavailable", busy.text, request.head_only, **{"Retry-After": seconds})
             )
-        elif self._upgrade(head):
+        elif self._upgrade(request):
             frame = encode_frame(DownFault(0, busy.code, busy.text, busy.retry_ms))
             self.post(len(frame).to_bytes(4, "big") + frame)
             self.close(CLOSE_BUSY, busy.code)
@@ -4309,29 +4325,39 @@ class Conn(asyncio.Protocol):
         self._write((response,))
         self._end(ANSWERED)
 
-    def _upgrade(self, head: bytes) -> bool:
-        socket_ = ServerProtocol(max_size=self._link.limits.max_message, logger=silent)
-        socket_.receive_data(head)
-        for handshake in socket_.events_received():
-            if isinstance(handshake, Handshake):
-                socket_.send_response(socket_.accept(handshake))
-        self._emit(socket_)
-        if socket_.state is not State.OPEN:
-            self._end()
+    def _upgrade(self, request: HttpRequest) -> bool:
+        """Whether this is a WebSocket from now on. The answer is made here: websockets takes several times as long."""
+        answer = open_socket(request)
+        if not answer:
+            status = "400 Bad Request" if request.upgrades else "426 Upgrade Required"
+            asked = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+            text = "this is no opening of a WebSocket of version 13"
+            self._respond(respond_text(status, text, request.head_only, **asked))
             return False
-        self._socket, self._sieve = socket_, Sieve(socket_)
+        self._write((answer,))
+        self._sieve = Sieve(self._judge)
         self.state, self.heard = OPEN, self._link.now()
         return True
 
-    def _read_socket(self, socket_: ServerProtocol, received: list[bytes | Frame]) -> None:
+    def _judge(self) -> ServerProtocol:
+        """websockets, once something else than a whole message comes or goes: with most that is their farewell, and it
+        takes 4 KB."""
+        if self._socket is None:
+            most = self._link.limits.max_message
+            self._socket = ServerProtocol(state=State.OPEN, max_size=most, logger=silent)
+        return self._socket
+
+    def _read_socket(self, received: list[bytes | Frame]) -> None:
         if self.state == OPEN:
             self._events.extend(received)
             self._work()
             self._weigh()
-        self._emit(socket_)
-        if socket_.close_rcvd is not None:
+        if self._socket is None:
+            return
+        self._emit(self._socket)
+        if self._socket.close_rcvd is not None:
             self._end()
-        elif socket_.parser_exc is not None:  # a close frame says why; what still comes is not worth a reset
+        elif self._socket.parser_exc is not None:  # a close frame says why; what still comes is not worth a reset
             self._start_closing()
 
     def _work(self) -> None:
@@ -4521,15 +4547,16 @@ class Conn(asyncio.Protocol):
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def close(self, code: int, reason: str) -> None:
         """Sends what is in the outbox and a close frame; the answer to it, or the sweep, ends the connection."""
-        if self.state != OPEN or self._socket is None:
+        if self.state != OPEN:
             return
         self._pack()
         self._size -= sum(len(piece) for message in self._bulk for piece in message)
         self._bulk.clear()  # nothing may follow a close frame, and chunks are asked for again
+        judge = self._judge()
         with suppress(InvalidState):  # the peer was faster
-            self._socket.send_close(code, reason)
+            judge.send_close(code, reason)
         self._start_closing()
-        for piece in filter(None, self._socket.data_to_send()):
+        for piece in filter(None, judge.data_to_send()):
             self._hold((piece,))
         self._pump()
 
@@ -4541,10 +4568,10 @@ class Conn(asyncio.Protocol):
 
     def ping(self) -> None:
         """Asks for a sign of life, which browsers give without waking their page."""
-        if self._socket is not None:
-            self.pinged = True
-            self._socket.send_ping(b"")
-            self._emit(self._socket)
+        self.pinged = True
+        judge = self._judge()
+        judge.send_ping(b"")
+        self._emit(judge)
 
     def abort(self) -> None:
         self._transport.abort()
@@ -4557,7 +4584,7 @@ class Conn(asyncio.Protocol):
     def _end(self, state: str = CLOSING) -> None:
         """Ends the connection once the transport is empty."""
         self._start_closing(state)
-        self._socket = None
+        self._socket = self._sieve = None
         if self._pipe is not None:
             self._transport.write(self._pipe.close())
         self._transport.close()
