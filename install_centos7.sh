@@ -35,7 +35,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=241c1e1f8632db905970dd5e18e8f2112bb86b9b5f2cce8e8486b44bcb79a6b8
+  SHA256_PROGRAM=1a14cc1fe0ca1fba88806ab62842b54ec6616f875f36a379e661ed451363c708
   SHA256_PAGE=4763cc65455cb6d43bcbecd996d19267c39ec4797308a6b7b1e0970ef23fc200
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
