@@ -1642,6 +1642,7 @@ DIRECT, WELCOME, SHARE = 1, 2, 3  # kinds of a direct
 BY_DECISION, LINK_USED, LINK_OVER = 1, 2, 3
 LINK, UNLINK, LEAVE, SPLIT = 1, 2, 3, 4  # kinds of a request
 DEMO = "aaa"
+DEMO_ROOM = Hl("room", DEMO.encode())
 CLOSE_LOGIN, CLOSE_UNLISTED, CLOSE_REPLACED, CLOSE_ADDRESS = 4001, 4003, 4004, 4005
 NOT_KEPT = "the earliest was not kept for those away: they get it from you or others"
 
@@ -1789,6 +1790,10 @@ class File:
     def passing(self) -> int:
         """How many chunks of a streamed one have not passed yet."""
         return sum(index >= self.floor for index in self.chunks)
+
+    def unanswered(self, below: int) -> list[tuple[Peer, int]]:
+        """Who put those chunks of a streamed one that have yet to pass, up to an index, and the refs to be answered."""
+        return [self.puts[index][:2] for index in self.puts if self.floor <= index < below]
 
     def gives(self, index: int) -> bool:
         """Whether all from this index on is here or has yet to come."""
@@ -1995,7 +2000,7 @@ class Room:
 
     def pass_chunks(self, file: File, low: int) -> list[tuple[Peer, int]]:
         """Counts what is below as passed: who put it, and the refs to be answered. The last window of it stays."""
-        answers = [file.puts[index][:2] for index in file.chunks if file.floor <= index < low]
+        answers = file.unanswered(low)
         file.floor = low
         self.drop_chunks(file, low - self.limits.file_window)
         return answers
@@ -2182,8 +2187,8 @@ class Rooms:
     # ── sockets and rooms ────────────────────────────────────────────────────────────────────────────────────────
     def _room_at(self, path: str, origin: str) -> Room:
         demo = path == DEMO
-        room_id = Hl("room", DEMO.encode()) if demo else unb64u(path)
-        if len(room_id) != 32:
+        room_id = DEMO_ROOM if demo else unb64u(path)
+        if len(room_id) != 32 or (room_id == DEMO_ROOM) != demo:  # that one has its own name
             raise Bad("address is not a room's")
         room = self._rooms.get(room_id)
         if room is None:
@@ -3072,11 +3077,19 @@ class Rooms:
                 self._end_file(room, key)
 
     def _drop(self, peer: Peer, frame: UpDrop, now: float) -> None:
-        self._end_file(peer.room, (peer.dev, frame.file_id))
+        self._let_go(peer.room, (peer.dev, frame.file_id))
 
-    def _end_file(self, room: Room, key: tuple[bytes, bytes]) -> None:
+    def _let_go(self, room: Room, key: tuple[bytes, bytes]) -> File | None:
         file = room.drop_file(key)
         self._send(tuple(peer.conn for peer in file.waits) if file else (), DownNoFile(*key))
+        return file
+
+    def _end_file(self, room: Room, key: tuple[bytes, bytes]) -> None:
+        """Lets go of a file that nobody needs just now. Whose chunks of it had no answer yet may bring them again."""
+        file = self._let_go(room, key)
+        for peer, ref in file.unanswered(file.count) if file else ():
+            if peer.conn in self._peers:
+                self._tell_fault(peer, Full("this file was not kept", self._limits.full_retry_ms), ref)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3096,7 +3109,7 @@ REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/(1\.[01])")
 SOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes
 SOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
-FIELD_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
+FIELD_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\r\n\0]*)")
 INLINE_BLOCK = re.compile(rb"<(script|style)\b[^>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
 SAFETY = {
     "Referrer-Policy": "no-referrer",
@@ -3152,7 +3165,8 @@ def parse_request(head: bytes) -> HttpRequest | None:
         field = FIELD_LINE.fullmatch(each)
         if field is None:
             return None
-        name, value = field[1].lower(), field[2]
+        # Not by the pattern, which would try each blank in each of three parts.
+        name, value = field[1].lower(), field[2].strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return HttpRequest(asked[1], asked[2], asked[3], fields) if asked else None
 
@@ -4040,10 +4054,10 @@ class Sieve:
     """Takes whole binary messages, which is what pages send, out of what a socket received. All else goes to
     websockets, which is the judge of frames but takes several times as long; to it those messages never were."""
 
-    __slots__ = ("_fragments", "_head", "_judge", "_left", "coming")
+    __slots__ = ("_fragments", "_head", "_judge", "_left", "_most", "coming")
 
-    def __init__(self, judge: Callable[[], ServerProtocol]) -> None:
-        self._judge = judge
+    def __init__(self, judge: Callable[[], ServerProtocol], most: int) -> None:
+        self._judge, self._most = judge, most
         self._head = b""  # of a frame whose head is not whole
         self._left = 0  # bytes to come of one whose head is
         self._fragments = False  # whether the last frame of a message is to come
@@ -4056,7 +4070,7 @@ class Sieve:
         while at < len(data):
             if data[at] == WHOLE_MESSAGE and not (self.coming or self._fragments):
                 begin, end = frame_span(data, at)
-                if 0 < end <= len(data) and data[at + 1] & MASKED:
+                if 0 < end <= len(data) and data[at + 1] & MASKED and end - begin <= self._most:
                     received.append(apply_mask(data[begin:end], data[begin - 4 : begin]))
                     at = end
                     continue
@@ -4335,7 +4349,7 @@ class Conn(asyncio.Protocol):
             self._respond(respond_text(status, text, request.head_only, **asked))
             return False
         self._write((answer,))
-        self._sieve = Sieve(self._judge)
+        self._sieve = Sieve(self._judge, self._link.limits.max_message)
         self.state, self.heard = OPEN, self._link.now()
         return True
 
@@ -4347,18 +4361,35 @@ class Conn(asyncio.Protocol):
             self._socket = ServerProtocol(state=State.OPEN, max_size=most, logger=silent)
         return self._socket
 
+    def _dismiss(self) -> None:
+        """Looks at nothing that still comes. A parser of websockets refers to itself, and to all it has of a message:
+        by itself that would go when Python next searches all there is for cycles of garbage."""
+        if self._socket is not None:
+            self._socket.parser.close()
+            self._socket.parser_exc = None
+        self._socket = self._sieve = None
+
     def _read_socket(self, received: list[bytes | Frame]) -> None:
         if self.state == OPEN:
             self._events.extend(received)
             self._work()
-            self._weigh()
+        else:  # its farewell is waited for, and little else
+            self._odd += len(received)
+        self._weigh()
         if self._socket is None:
             return
-        self._emit(self._socket)
         if self._socket.close_rcvd is not None:
+            farewell = tuple(filter(None, self._socket.data_to_send()))
+            self._forget()  # it takes no more but the answer
+            self._transmit(farewell)
             self._end()
-        elif self._socket.parser_exc is not None:  # a close frame says why; what still comes is not worth a reset
+            return
+        self._emit(self._socket)
+        if self._socket.parser_exc is not None and self.state == OPEN:  # a close frame says why
             self._start_closing()
+        if self._socket.parser_exc is not None or (self.state != OPEN and self._odd > self._link.limits.odd_frames):
+            self._dismiss()  # what still comes is not worth a reset
+            self._weigh()
 
     def _work(self) -> None:
         """Hands what was received to Rooms, as long as the peer also takes what it asked for."""
@@ -4427,7 +4458,7 @@ class Conn(asyncio.Protocol):
     def post_large(self, frame: bytes) -> None:
         """Takes a frame that goes as a message of its own, by reference; the caller sees to the flush."""
         if self.state == OPEN:
-            self._pack()
+            self._pack(self._take())
             self._hold((binary_header(4 + len(frame)) + len(frame).to_bytes(4, "big"), frame))
 
     def post_bulk(self, frame: bytes) -> None:
@@ -4442,14 +4473,15 @@ class Conn(asyncio.Protocol):
 
     def flush(self) -> None:
         """Sends what this tick brought, as one message where it is not too much."""
-        if self.state != OPEN:
-            self._take()
-        elif self.crowd and not (self.outbox or self._start):  # exactly what the others get
-            self._share(self.crowd.messages(self._link.limits.join_bytes))
-        else:
-            self._pack()
+        crowd = self.crowd if self.state == OPEN and not (self.outbox or self._start) else None
+        if crowd is None:
+            pieces = self._take()
+        self.crowd, self._start = None, 0  # before anything is sent: that may bring more to send
+        if crowd is not None:  # exactly what the others get
+            self._share(crowd.messages(self._link.limits.join_bytes))
+        elif self.state == OPEN:
+            self._pack(pieces)
             self._pump()
-        self.crowd, self._start = None, 0
 
     def _share(self, messages: list[Message]) -> None:
         """Sends what others get as well, and behind it the answers that only this member gets."""
@@ -4478,9 +4510,9 @@ class Conn(asyncio.Protocol):
         self.answers.clear()
         return taken
 
-    def _pack(self) -> None:
-        """Moves the outbox into the backlog, as messages of a size that browsers take in one go."""
-        for message in packed(self._take(), self._link.limits.join_bytes):
+    def _pack(self, pieces: Sequence[bytes]) -> None:
+        """Moves what was taken into the backlog, as messages of a size that browsers take in one go."""
+        for message in packed(pieces, self._link.limits.join_bytes):
             self._hold(message)
 
     def _hold(self, message: Message) -> None:
@@ -4502,8 +4534,11 @@ class Conn(asyncio.Protocol):
             self._transmit(message)
 
     def _transmit(self, message: Message) -> None:
-        if self._pipe is not None:
-            self._transport.write(self._pipe.send(message))
+        try:
+            if self._pipe is not None:
+                self._transport.write(self._pipe.send(message))
+        except ssl.SSLError:  # nothing goes through it any more, and whoever sends here has others to serve
+            self._transport.abort()
 
     def _pump(self) -> None:
         """Sends of the backlog what the transport takes, then goes on with what was received meanwhile."""
@@ -4535,6 +4570,7 @@ class Conn(asyncio.Protocol):
             held += self._sieve.coming
         if self._events:
             held += sum(len(each if isinstance(each, bytes) else each.data) for each in self._events)
+            held += self._link.limits.overhead * len(self._events)
         if self._blocked:
             held += self._transport.get_write_buffer_size()
         if held != self.held:
@@ -4549,7 +4585,7 @@ class Conn(asyncio.Protocol):
         """Sends what is in the outbox and a close frame; the answer to it, or the sweep, ends the connection."""
         if self.state != OPEN:
             return
-        self._pack()
+        self._pack(self._take())
         self._size -= sum(len(piece) for message in self._bulk for piece in message)
         self._bulk.clear()  # nothing may follow a close frame, and chunks are asked for again
         judge = self._judge()
@@ -4584,7 +4620,7 @@ class Conn(asyncio.Protocol):
     def _end(self, state: str = CLOSING) -> None:
         """Ends the connection once the transport is empty."""
         self._start_closing(state)
-        self._socket = self._sieve = None
+        self._dismiss()
         if self._pipe is not None:
             self._transport.write(self._pipe.close())
         self._transport.close()
@@ -4593,7 +4629,8 @@ class Conn(asyncio.Protocol):
         self._take()
         for held in (self._events, self._parts, self._backlog, self._bulk):
             held.clear()
-        self._size, self._sieve = 0, None
+        self._size = 0
+        self._dismiss()
         self._weigh()
 
 
@@ -4637,6 +4674,7 @@ class Link:
             CLOSING: limits.close_seconds,
         }
         self._dirty: set[Conn] = set()
+        self._flushing = False
         self._servers: list[asyncio.Server] = []
         self.outgoing = ssl.MemoryBIO()  # see Tls
         self._empty = asyncio.Event()
@@ -4868,6 +4906,8 @@ class Link:
 
     def _crowd(self, conns: Sequence[Conn]) -> Crowd | None:
         """The crowd that these are in this tick; a member is in one, and the first that is needed is the largest."""
+        if self._flushing:  # somebody is being cut: some of these have had their crowd's frames, others have not
+            return None
         crowd = conns[0].crowd
         if crowd is not None:
             return crowd if crowd.conns is conns or crowd.conns == conns else None
@@ -4880,9 +4920,10 @@ class Link:
         return crowd
 
     def _flush(self) -> None:
-        dirty, self._dirty = self._dirty, set()
+        dirty, self._dirty, self._flushing = self._dirty, set(), True
         for conn in dirty:
             conn.flush()
+        self._flushing = False
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
     def _sweep(self) -> None:
