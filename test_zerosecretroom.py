@@ -96,15 +96,18 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from cryptography.x509 import verification
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pbs_installer import get_download_link
 from PIL import Image, ImageDraw
 from pyhpke import AEADId, CipherSuite, KDFId, KEMId, KEMKey
 from pyhpke.exceptions import OpenError
 from tink import secret_key_access, streaming_aead
 from tink.proto import aes_gcm_hkdf_streaming_pb2, common_pb2, tink_pb2  # type: ignore[import-untyped]
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
+from websockets.server import ServerProtocol
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_socket
 
@@ -1565,6 +1568,7 @@ PURE |= {"Symbol", "parseInt", "structuredClone", "NaN", "Uint32Array", "Uint16A
         ("room-2-suite", {"crypto", "Promise"}),
         ("room-3-wire", set[str]()),
         ("room-4-room", set[str]()),
+        ("room-72-markdown", set[str]()),
         ("room-80-qr", set[str]()),
     ],
 )
@@ -1581,7 +1585,8 @@ def test_nothing_below_the_views_touches_the_page() -> None:
 
 
 def test_the_views_know_only_the_model() -> None:
-    below = {room["constant"] for room in rooms() if room["id"] < "room-8"}
+    """And how people write, which is pure: what a list shows of a message is cut by the same rules as the message."""
+    below = {room["constant"] for room in rooms() if room["id"] < "room-8"} - {"Markdown"}
     assert {room["id"]: sorted(below & set(room["given"])) for room in views() if below & set(room["given"])} == {}
 
 
@@ -5543,6 +5548,22 @@ def test_a_streamed_file_ends_for_each_who_has_it(stream: Stream) -> None:
     assert stream.desk.room.files == {}
 
 
+def test_who_waits_with_a_streamed_file_hears_that_it_was_not_kept(stream: Stream) -> None:
+    """And not who takes it back. What has passed was answered already."""
+    for n in range(3):
+        stream.puts(n)
+    stream.get("ben", 0, 1)
+    told = stream.desk.expire(stream.desk.limits.ttl + 1)
+    assert [(who, frame.code, frame.ref) for who, frame in told if isinstance(frame, zsr.DownFault)] == [
+        (("ann",), "full", 2),
+        (("ann",), "full", 3),
+    ]
+    assert (("ben",), zsr.DownNoFile(stream.ann, b"f" * 16)) in told
+    assert stream.desk.room.files == {}
+    stream.puts(1)
+    assert stream.desk.say("ann", zsr.UpDrop(b"f" * 16)) == []
+
+
 # ------------------------------------------------------------------------------------------------------- demo room --
 def test_anyone_enters_the_demo_room_and_finds_its_last_events() -> None:
     desk = Desk(b"", demo_events=3, demo_ttl=100.0, demo_file=1000, chunk=1070, sweep_seconds=0.0)
@@ -8674,6 +8695,13 @@ class TestInvites:
         agree(lab, room, [ana, bob, cleo, *inside], ["one of them"])
 
 
+def with_marks(lab: Laboratory, name: str) -> Any:
+    """The room with its marks, which are reckoned once they are asked for."""
+    lab.room(name)
+    lab.settle(1)
+    return lab.room(name)
+
+
 class TestAsk:
     def asking(self, lab: Laboratory) -> tuple[str, list[str]]:
         room, people = room_of_three(lab)
@@ -8695,10 +8723,13 @@ class TestAsk:
         lab.crash(bob)
         lab.kill()
         lab.settle(4)
-        assert [w["dev"] for w in lab.room(bob)["waiting"]] == [waits["dev"]], "it survives the page and the relay"
+        (still,) = with_marks(lab, bob)["waiting"]
+        assert still["dev"] == waits["dev"], "it survives the page and the relay"
         lab.do(bob, "admit", dev=waits["dev"])
         lab.settle(8)
         assert lab.model(dora)["at"] == "room"
+        marks = {m["name"]: m["mark"] for m in with_marks(lab, bob)["members"]}
+        assert marks[dora] == still["mark"], "who asked looks the same inside"
         assert lab.room(ana)["waiting"] == lab.room(bob)["waiting"] == []
         lab.do(dora, "send", text="thanks")
         lab.settle(8)
@@ -9063,6 +9094,13 @@ class Saga:
 
 
 EXAMPLES = int(os.environ.get("ZSR_SCHEDULES", "10"))
+PLAYED = settings(
+    max_examples=max(4, EXAMPLES // 2),
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
 STEP = st.tuples(st.sampled_from(Saga.OPS), st.integers(0, 2**10))
 STEPS = st.integers(0, 50).flatmap(lambda n: st.lists(STEP, min_size=n, max_size=n))  # lists() alone makes mostly few
 
@@ -9097,7 +9135,7 @@ def test_no_schedule_of_joins_removals_and_losses_leaves_anyone_astray(
 
 @pytest.fixture(scope="session")
 def markdown() -> Iterator[Node]:
-    started = Node(page_blocks(("room-80-markdown",)))
+    started = Node(page_blocks(("room-72-markdown",)))
     yield started
     started.close()
 
@@ -9143,8 +9181,16 @@ class TestMarkdown:
     def test_light_marks_mean_what_people_expect(self, markdown: Node, text: str, meant: list[str]) -> None:
         assert as_blocks(markdown.call("Markdown.parse", text)) == meant
 
-    def test_a_quote_shows_the_words_alone(self, markdown: Node) -> None:
-        assert markdown.call("Markdown.bare", "**so** `x`\n> a\n> b\n- c\n```\nd\n```") == "so x a b c d"
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("**so** `x`\n> a\n> b\n- c\n```\nd\n```", "so x a b c d"),
+            (f"*{'a' * 200}* b", "a" * 160),
+            ("```\n```", "```\n```"),
+        ],
+    )
+    def test_a_quote_shows_the_words_alone(self, markdown: Node, text: str, line: str) -> None:
+        assert markdown.call("Markdown.bare", text) == line
 
     @given(text=st.text(alphabet="ab *_~`>-1.\n#漢", max_size=200))
     @settings(max_examples=200, deadline=None, database=None)
@@ -9216,14 +9262,14 @@ class TestMessages:
         lab.do(ana, "send", text="one")
         lab.settle(3)
         lab.away(cleo)
-        for text in ("two", "three"):
-            lab.do(ana, "edit", key=message(lab, ana, "one" if text == "two" else "two")["key"], text=text)
+        for before, text in (("one", "two"), ("two", "*three*")):
+            lab.do(ana, "edit", key=message(lab, ana, before)["key"], text=text)
         lab.settle(3)
         lab.start(cleo)
         lab.settle(12)
         for name in (ana, bob, cleo):
-            assert [each["text"] for each in message(lab, name, "three")["edits"]] == ["one", "two"]
-        assert lab.model(bob)["rooms"][0]["last"]["text"] == "three"
+            assert [each["text"] for each in message(lab, name, "*three*")["edits"]] == ["one", "two"]
+            assert lab.model(name)["rooms"][0]["last"]["text"] == "three", "a list shows words, not marks"
 
     def test_a_deleted_message_is_gone_from_every_disk_with_its_edits(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
@@ -9647,13 +9693,7 @@ class Party:
     schedule=st.lists(st.tuples(st.sampled_from(Party.OPS), st.integers(0, 2**10)), min_size=10, max_size=60),
     seed=st.integers(1, 2**31),
 )
-@settings(
-    max_examples=max(4, EXAMPLES // 2),
-    deadline=None,
-    database=None,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),
-)
+@PLAYED
 def test_all_see_the_same_in_whatever_order_events_arrive(
     clients: Node, schedule: list[tuple[str, int]], seed: int
 ) -> None:
@@ -9706,6 +9746,14 @@ class Freight(Laboratory):
                 self.tick(0.25)
         raise AssertionError("it never came to that")
 
+    def wander(self, moves: int) -> None:
+        """So many deliveries in any order, and now and then a little time."""
+        for _ in range(moves):
+            if (ways := self.moves()) and self.dice.random() < 0.9:
+                self.move(*self.dice.choice(ways))
+            else:
+                self.tick(0.25)
+
     def twice(self, who: str) -> int:
         """How many segments this one gave to the relay, or was brought by it, more than once."""
         return max(
@@ -9725,10 +9773,19 @@ class Freight(Laboratory):
         assert self.node.call("Lab.faults") == []
 
 
+@contextmanager
+def freight_of(clients: Node, seed: int = 1, **limits: Any) -> Iterator[Freight]:
+    """A relay that keeps files of 4 MiB; the sizes that a test sets for the clients end with it."""
+    try:
+        yield Freight(clients, seed, max_file=4 << 20, **limits)
+    finally:
+        clients.call("Lab.resize", 64 << 20, 64 << 20)
+
+
 @pytest.fixture
 def freight(clients: Node) -> Iterator[Freight]:
-    yield Freight(clients, max_file=4 << 20)
-    clients.call("Lab.resize", 64 << 20, 64 << 20)
+    with freight_of(clients) as one:
+        yield one
 
 
 def sent_file(lab: Freight, segments: int, people: int = 3) -> tuple[list[str], bytes]:
@@ -9824,6 +9881,42 @@ def test_a_streamed_file_goes_on_where_it_broke_off(freight: Freight, how: str) 
     freight.has(content, bob)
     assert freight.twice(bob) <= 1, freight.came
     assert freight.twice(ana) <= (16 if how == "relay" else 1), "what was under way only the relay had"
+
+
+def test_a_streamed_file_waits_for_its_taker_however_long(clients: Node) -> None:
+    """The relay forgets what it held of it after its time."""
+    with freight_of(clients, ttl=20.0) as freight:
+        (_, bob, _), content = offered(freight, 28)
+        freight.until(lambda: not freight.rooms.counts()["files"])
+        fetch(freight, bob)
+        freight.settle(50)
+        freight.has(content, bob)
+
+
+@given(
+    schedule=st.lists(
+        st.tuples(st.integers(1, 60), st.sampled_from(["ana", "bob", "both", "relay"])), min_size=1, max_size=8
+    ),
+    seed=st.integers(1, 2**31),
+)
+@example(schedule=[(1, "bob"), (1, "relay")], seed=1)
+@PLAYED
+def test_a_streamed_file_arrives_wherever_its_way_breaks(
+    clients: Node, schedule: list[tuple[int, str]], seed: int
+) -> None:
+    """Seen to fail without: the wake of a sender that waits for an answer which the relay lost (Files.give)."""
+    with freight_of(clients, seed) as freight:
+        (ana, bob, _), content = offered(freight, 28)
+        fetch(freight, bob)
+        for moves, gone in schedule:
+            freight.wander(moves)
+            if gone == "relay":
+                freight.kill()
+            for name in (name for name, word in ((ana, "ana"), (bob, "bob")) if gone in (word, "both")):
+                freight.cut(name)
+        freight.settle(50)
+        freight.has(content, bob)
+        assert freight.file(ana)["state"] == "here"
 
 
 def test_a_source_chosen_again_must_be_the_same(freight: Freight) -> None:
@@ -14204,6 +14297,8 @@ def narrow_socket(port: int) -> socket.socket:
 class LinkThread:
     """The same Link and Rooms on plain loopback with limits of the test's choice, for what takes a minute otherwise."""
 
+    kind = zsr.Link
+
     def __init__(self, proxies: Iterable[zsr.Network] = (), page: bytes = b"", **limits: Any) -> None:
         self.limits = replace(zsr.Limits(), tick_seconds=0.05, **limits)
         self.proxies, self.page = list(proxies), page
@@ -14215,7 +14310,7 @@ class LinkThread:
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         identity = zsr.RelayIdentity(new_key())
         rooms = zsr.Rooms(self.limits, identity, os.urandom(16), frozenset(), os.urandom, lambda: WALL)
-        self.link = zsr.Link(rooms, zsr.Page.of(self.page), self.limits, None, proxies=self.proxies)
+        self.link = self.kind(rooms, zsr.Page.of(self.page), self.limits, None, proxies=self.proxies)
         await self.link.start([self.listener])
         self.started.set()
         await self.ended.wait()
@@ -14239,6 +14334,17 @@ class LinkThread:
 
     def raw(self) -> socket.socket:
         return narrow_socket(self.port)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Python does not search for cycles of garbage meanwhile: what is freed is freed by itself, and nothing waits."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager
@@ -14377,6 +14483,13 @@ def test_who_never_takes_the_page_is_let_go() -> None:
     with LinkThread(page=LONG_PAGE, answer_seconds=0.3) as link, link.raw() as mute:
         asks_for_page(link, mute)
         eventually(lambda: not link.link._conns, "its connection is gone")
+
+
+def test_the_demo_room_has_one_address() -> None:
+    demo = H("room", b"aaa")
+    with LinkThread() as link, Caller(link, zsr.b64u(demo)) as squatter, Caller(link, "aaa") as guest:
+        guest.hello(new_device(demo), None)
+        assert squatter.closed() == 4005
 
 
 def test_a_socket_that_never_logs_in_is_closed_by_its_rooms() -> None:
@@ -14709,17 +14822,13 @@ def test_what_time_ended_goes_a_few_rooms_at_a_time() -> None:
 def test_a_room_that_is_forgotten_frees_its_memory_at_once(home: House) -> None:
     """Not when Python next searches all there is for cycles of garbage."""
     desk = Desk(home.room, ttl=10.0, sweep_seconds=0.0)
-    gc.collect()
-    gc.disable()
-    try:
+    with uncollected():
         desk.come("ann", home.ann, home.made, leaves=(leaf(home.ann),))
         desk.say("ann", post(home), zsr.UpPut(2, bytes(16), 2, 0, b"chunk"))
         there = weakref.ref(desk.room)
         desk.leave("ann")
         desk.expire(11.0)
         assert there() is None
-    finally:
-        gc.enable()
 
 
 def test_what_is_charged_is_what_python_takes() -> None:
@@ -14943,7 +15052,7 @@ def test_the_page_shows_a_limit_counts_down_and_recovers(people: Node, relay: Re
     eventually(lambda: connection() == {"state": "connected", "why": "", "retryAt": 0}, "recovered by itself")
 
 
-@pytest.mark.relay("--limit", "frames_at_once=30", "--limit", "frames_a_second=15")
+@pytest.mark.relay("--limit", "frames_at_once=30", "--limit", "frames_a_second=5")
 def test_a_page_that_is_slowed_down_says_so_and_loses_nothing(people: Node, relay: Relay) -> None:
     room = gather(people, relay, "ana", "bob")
     said = [f"message {n}" for n in range(30)]
@@ -15071,6 +15180,140 @@ def test_a_flood_of_frames_that_end_no_message_is_cut(flood_of: bytes) -> None:
         with Caller(link, "aaa") as caller:
             caller.say(zsr.UpNonce(bytes(32)))
             caller.hear(zsr.DownRelay)
+
+
+BLANKS = b" " * 12_000
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("value", [BLANKS + b"\0", b"a" + BLANKS + b"b", b"a" + BLANKS + b"\0"])
+def test_a_head_is_read_in_a_moment_whatever_blanks_it_has(value: bytes) -> None:
+    """It comes back at all: in the cube of these blanks that would be hours."""
+    read = zsr.parse_request(b"GET / HTTP/1.1\r\nHost: a\r\nX:" + value + b"\r\n\r\n")
+    assert (read is None) == (b"\0" in value)
+    assert read is None or read.fields["x"] == value.decode()
+
+
+FORBIDDEN = [b"\x82\x01x", struct.pack(">BBQ", 0x82, 0xFF, 1 << 30) + bytes(4), frame_of(1, b"x")]
+
+
+@pytest.mark.parametrize("first", FORBIDDEN, ids=["not masked", "too large", "text"])
+def test_who_goes_on_after_the_relays_farewell_is_let_go(first: bytes) -> None:
+    with LinkThread(close_seconds=0.3) as link, link.raw() as raw:
+        raw_handshake(raw)
+        raw.sendall(first)
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(OSError):
+            while link.link._conns and time.monotonic() < end:
+                raw.sendall(b"x")
+                time.sleep(0.05)
+        assert not link.link._conns
+
+
+def test_a_flood_after_the_relays_farewell_is_not_looked_at() -> None:
+    with LinkThread(odd_frames=500, close_seconds=3600.0) as link, link.raw() as raw:
+        raw_handshake(raw)
+        raw.sendall(frame_of(1, b"x"))
+        assert raw.recv(1) == b"\x88"
+        raw.sendall(frame_of(9) * 20_000)
+        eventually(lambda: [conn._sieve for conn in link.link._conns] == [None], "nothing of it is looked at any more")
+
+
+def nearly_whole(link: LinkThread, size: int, before: bytes = b"") -> socket.socket:
+    """A connection that lacks the last byte of a message, once the relay has the others."""
+    raw = link.raw()
+    raw_handshake(raw)
+    raw.sendall(before + masked(bytes(size))[:-1])
+    eventually(lambda: link.link._held >= size, "what came is counted")
+    return raw
+
+
+def pieces_held() -> int:
+    """Bytes of messages that are not whole, wherever a parser of websockets still has some."""
+    parsers = [each for each in gc.get_objects() if isinstance(each, ServerProtocol)]
+    return sum(len(each.reader.buffer) for each in parsers)
+
+
+@pytest.mark.parametrize("before", [b"", frame_of(1, b"x")], ids=["open", "after the relay's farewell"])
+def test_a_message_that_is_not_whole_is_counted_and_goes_with_its_connection(before: bytes) -> None:
+    with uncollected(), LinkThread(close_seconds=PATIENCE) as link:
+        nearly_whole(link, 1 << 20, before).close()
+        eventually(lambda: not link.link._conns and not link.link._held, "it is gone")
+        assert pieces_held() < 1 << 19
+
+
+def test_who_is_cut_gives_back_what_its_message_took() -> None:
+    with uncollected(), LinkThread(close_seconds=PATIENCE) as link, nearly_whole(link, 1 << 20):
+        (conn,) = link.link._conns
+        link.loop.call_soon_threadsafe(conn.cut, 1013, "too slow")
+        eventually(lambda: not link.link._held, "nothing of it is counted")
+        assert pieces_held() < 1 << 19
+
+
+def test_frames_that_wait_are_counted_however_small() -> None:
+    with LinkThread() as link:
+        conn = zsr.Conn(link.link)
+        conn._events.extend([Frame(Opcode.PING, b"")] * 1000)
+        link.loop.call_soon_threadsafe(conn._weigh)
+        eventually(lambda: conn.held >= 100_000, "each is counted as an object")
+        conn._events.clear()
+        link.loop.call_soon_threadsafe(conn._weigh)
+        eventually(lambda: not link.link._held, "and no longer")
+
+
+def test_a_message_beyond_the_limit_is_refused_however_small_the_limit() -> None:
+    with LinkThread(max_message=1000) as link, link.raw() as raw:
+        raw_handshake(raw)
+        raw.sendall(frame_of(2, bytes(1001)))
+        assert code_of(raw) == 1009
+
+
+def test_all_others_hear_of_who_is_cut_while_frames_go_out(home: House) -> None:
+    """Whoever had theirs already and whoever had not: cat is cut at her turn, in the middle."""
+    for turns in itertools.permutations(("ann", "ben", "cat")):
+        with LinkThread(outbox=100_000) as link, three(link, home) as (ann, ben, cat):
+            callers = {"ann": ann, "ben": ben, "cat": cat}
+            room = link.link._rooms._rooms[home.room]
+            peers = {name: cast(zsr.Peer, room.seats[getattr(home, name).dev].peer) for name in callers}
+            conns, others = {name: peer.conn for name, peer in peers.items()}, room.others(peers["cat"])
+
+            def tick(turns: Any = turns, link: LinkThread = link, conns: Any = conns, others: Any = others) -> None:
+                link.link._send(others, zsr.encode_frame(zsr.DownPong(1)), None)
+                conns["cat"]._blocked = True
+                link.link._send((conns["cat"],), bytes(100_001), None)
+                link.link._dirty = dict.fromkeys(conns[name] for name in turns)  # type: ignore[assignment]
+
+            link.loop.call_soon_threadsafe(tick)
+            for caller in (ann, ben):
+                told = caller.hear(zsr.DownPeer, 5)
+                while told.online or told.dev != home.cat.dev:
+                    told = caller.hear(zsr.DownPeer, 5)
+
+
+def test_who_says_farewell_while_much_waits_for_it_is_answered(relay: Relay) -> None:
+    demo, context = H("room", b"aaa"), relay.trust()
+    assert context
+    with (
+        Caller(relay, "aaa") as ann,
+        context.wrap_socket(narrow_socket(relay.port), server_hostname="127.0.0.1") as tls,
+    ):
+        ann.hello(new_device(demo), None)
+        raw_handshake(tls)
+        tls.sendall(masked(zsr.join_frames([zsr.encode_frame(zsr.UpNonce(bytes(32)))])))
+        said = zsr.decode_frame(zsr.split_frames(tls.recv(4096)[4:])[0])
+        keys = new_device(demo)
+        tls.sendall(masked(zsr.join_frames([zsr.encode_frame(login(keys, said.m, "127.0.0.1"))])))
+        tls.sendall(masked(zsr.join_frames([zsr.encode_frame(hello(None, leaves=[leaf(keys)]))])))
+        ann.hear(zsr.DownPeer)
+        for ref in range(100):
+            ann.say(zsr.UpPost(ref, 0, bytes(32), bytes(60_000)))
+            ann.hear(zsr.DownSent)
+        tls.sendall(frame_of(8, b"\x03\xe8"))
+        gone = ann.hear(zsr.DownPeer)
+        while gone.online:
+            gone = ann.hear(zsr.DownPeer)
+        assert b"".join(iter(lambda: tls.recv(65536), b"")).endswith(b"\x88\x02\x03\xe8")
+    assert "bug" not in relay.err.read_text()
 
 
 def test_messages_that_never_end_take_their_share_of_memory_and_no_more() -> None:
@@ -15267,22 +15510,17 @@ def test_half_an_opening_opens_nothing(changed: dict[str, str]) -> None:
 
 def test_a_connection_that_ended_is_freed_at_once() -> None:
     """Not when Python next searches all there is for cycles of garbage, which the relay seldom has done."""
-    gc.collect()
-    gc.disable()
-    try:
-        with LinkThread() as link:
-            for farewell in (True, False):
-                raw = link.raw()
-                raw_handshake(raw)
-                if farewell:
-                    raw.sendall(bytes.fromhex("888200000000" + "03e8"))
-                    assert raw.recv(1) == b"\x88"
-                raw.close()
-            eventually(lambda: not link.link._conns, "both are gone")
-            link.loop.call_soon_threadsafe(link.link._round.clear)
-            eventually(lambda: not any(isinstance(each, zsr.Conn) for each in gc.get_objects()), "nothing is left")
-    finally:
-        gc.enable()
+    with uncollected(), LinkThread() as link:
+        for farewell in (True, False):
+            raw = link.raw()
+            raw_handshake(raw)
+            if farewell:
+                raw.sendall(bytes.fromhex("888200000000" + "03e8"))
+                assert raw.recv(1) == b"\x88"
+            raw.close()
+        eventually(lambda: not link.link._conns, "both are gone")
+        link.loop.call_soon_threadsafe(link.link._round.clear)
+        eventually(lambda: not any(isinstance(each, zsr.Conn) for each in gc.get_objects()), "nothing is left")
 
 
 @pytest.mark.relay("--limit", "head_seconds=1", "--limit", "login_timeout=1", "--limit", "close_seconds=1")
@@ -15419,6 +15657,47 @@ def test_atheris_finds_nothing_but_faults(target: str) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=3600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert f"Done {runs}" in ended.stderr
+
+
+class EchoLink(zsr.Link):
+    """Link without Rooms: every message goes back as it came."""
+
+    def enter(self, conn: zsr.Conn, room_path: str) -> None: ...
+
+    def depart(self, conn: zsr.Conn) -> None: ...
+
+    def handle(self, conn: zsr.Conn, messages: list[bytes]) -> None:
+        for message in messages:
+            conn._hold((zsr.binary_header(len(message)), message))
+        conn.flush()
+
+
+class EchoThread(LinkThread):
+    kind = EchoLink
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(1800)
+def test_autobahn_finds_what_it_should_in_the_sockets(tmp_path: Path) -> None:
+    """`wstest` of the package autobahntestsuite, which needs Python 2.7, must be found. Its cases of compression are left
+    out, for none is offered. Text is refused with 1003 wherever a case sends some: messages are binary."""
+    if not (client := shutil.which("wstest")):
+        pytest.skip("AUTOBAHN NOT TRIED: no wstest is installed")
+    with EchoThread(login_timeout=1800.0, max_message=32 << 20, outbox=64 << 20, odd_frames=1 << 20) as link:
+        cases = [f"{group}.*" for group in (1, 2, 3, 4, 5, 6, 7, 9, 10)]
+        servers = [{"agent": "link", "url": link.socket_url("aaa")}]
+        spec = {"outdir": str(tmp_path), "servers": servers, "cases": cases, "exclude-cases": []}
+        (tmp_path / "spec.json").write_text(json.dumps(spec | {"exclude-agent-cases": {}}))
+        command = [client, "-m", "fuzzingclient", "-s", str(tmp_path / "spec.json")]
+        subprocess.run(command, check=True, capture_output=True, timeout=1500)
+    found = json.loads((tmp_path / "index.json").read_text())["link"]
+    passed = [name for name, each in found.items() if each["behavior"] != "FAILED"]
+    text = [name for name, each in found.items() if each["behavior"] == "FAILED" and each["remoteCloseCode"] == 1003]
+    print(f"\n{len(found)} cases: {len(passed)} passed, {len(text)} sent text and were refused")
+    # websockets sees an error in a close amid the fragments of a message, and says 1002 where the case expects 1000
+    assert set(found) - set(passed) - set(text) == {"7.1.5"}
+    binary = re.compile(r"(1\.2|2|3|4\.[12]|7\.[3579]|7\.13|9\.[2468])\.\d+$")
+    assert [name for name in text if binary.match(name)] == []
 
 
 FUZZ = textwrap.dedent("""
@@ -16347,6 +16626,7 @@ def answer_and_react(ann: User, bob: User) -> None:
     said(ann, "too early").find("button", "🎂 1: Bob").appears()
     said(ann, "too early").find("button", "🎂 1: Bob").click()
     said(bob, "too early").find("button", re.compile("🎂 2: ")).appears()
+    assert said(bob, "too early").find("button", re.compile("🎂 2: ")).attribute("aria-pressed") == "true"
 
 
 def edit(ann: User, bob: User) -> None:
@@ -16355,9 +16635,10 @@ def edit(ann: User, bob: User) -> None:
     act(ann, "meet here", "Edit")
     box = ann.find("textbox", "Message")
     assert box.value() == "meet **here** `a*b` @Bob <i>x</i>"
-    box.fill("meet **there**")
+    box.fill("meet **there**\n\n1. by foot\n2. by boat")
     box.press("Enter")
     hears(bob, "meet there")
+    assert said(bob, "meet there").css("ol").js("(list) => getComputedStyle(list).listStyleType") == "decimal"
     said(bob, "meet there").find("button", "Edited, show earlier versions").click()
     bob.find("dialog", "Earlier versions").says("meet here a*b @Bob <i>x</i>")
     bob.press("Escape")
@@ -18675,6 +18956,16 @@ def test_readme_names_the_line_that_installs(script: Path) -> None:
     assert f"{called('echo $BASE', script=script).strip()}/{script.name}" in install_line(script.name)
 
 
+@pytest.mark.filterwarnings("ignore:open_text is deprecated")  # how that package reads its list
+@pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
+def test_the_standalone_python_has_the_sum_that_others_know(architecture: str) -> None:
+    """Its archive is too large to fetch in every run, but a package that installs such builds lists their sums."""
+    asked = ['download() { echo "$1"; }', 'has_sha256() { echo "$2"; exit; }', "say() { :; }", "TMP=/nowhere"]
+    url, pinned = called("get_standalone_python", *asked, f"uname() {{ echo {architecture}; }}").split()
+    version = re.findall(r"/cpython-([\d.]+)", url)[0]
+    assert get_download_link(version, architecture, "linux")[1] == (url, pinned)
+
+
 @pytest.mark.parametrize("way", ["bash <(cat {0}) --dry-run", "cat {0} | bash -s -- --dry-run", "bash {0} --dry-run"])
 def test_only_a_clone_takes_the_files_beside_it(way: str) -> None:
     told = as_program("bash", "-c", way.format(UBUNTU), cwd=ROOT)
@@ -19937,18 +20228,14 @@ class Trickle:
             client.load = self
 
     def received(self, client: LoadClient, message: bytes) -> None:
-        entries = sum(frame[0] == 0x86 for frame in zsr.split_frames(message))
-        self.waits += [time.monotonic() - self.sent[self.places[client]]] * entries
+        if entries := sum(frame[0] == 0x86 for frame in zsr.split_frames(message)):  # who is there may come before any
+            self.waits += [time.monotonic() - self.sent[self.places[client]]] * entries
 
     async def run(self, rooms: int, seconds: float) -> tuple[float, float]:
         """Milliseconds that half of the deliveries, and all but a hundredth, took at most. All members are in this one
         process, whose own search for cycles of garbage would stop them all for half a second: it waits meanwhile."""
-        gc.collect()
-        gc.disable()
-        try:
+        with uncollected():
             return await self.measured(rooms, seconds)
-        finally:
-            gc.enable()
 
     async def measured(self, rooms: int, seconds: float) -> tuple[float, float]:
         self.waits.clear()
