@@ -37,8 +37,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=1a14cc1fe0ca1fba88806ab62842b54ec6616f875f36a379e661ed451363c708
-  SHA256_PAGE=4763cc65455cb6d43bcbecd996d19267c39ec4797308a6b7b1e0970ef23fc200
+  SHA256_PROGRAM=acd071578ba2314067cb4346df6b1f7ac323c6584ae4efbf186f069ff3665df2
+  SHA256_PAGE=54fa88cef7f6c0ee95316844a6c0fa728467c8e5120c4606677c0fd8cbc5d04f
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
