@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=acd071578ba2314067cb4346df6b1f7ac323c6584ae4efbf186f069ff3665df2
-  SHA256_PAGE=54fa88cef7f6c0ee95316844a6c0fa728467c8e5120c4606677c0fd8cbc5d04f
+  SHA256_PROGRAM=bb5319f5345384ef9a27fdea341a694898d152265cbea4e45bd6b04880676a74
+  SHA256_PAGE=7bd73f3b681f95d4bbed44c00e6b7496d5a0821c30b98fc8db7d386f553201ec
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
@@ -617,14 +617,15 @@ open_firewall() {
   done
 }
 
-has_ufw() { have ufw && ufw status 2>/dev/null | grep -q '^Status: active'; }
+# grep reads to the end: under pipefail one that stops early (-q) fails the pipe for who still writes
+has_ufw() { have ufw && ufw status 2>/dev/null | grep '^Status: active' >/dev/null; }
 
 has_firewalld() { have firewall-cmd && firewall-cmd -q --state 2>/dev/null; }
 
 # firewall_allows PORT: opens it; fails where there is nothing to open
 firewall_allows() {
   if has_ufw; then
-    ! ufw status | grep -q "^$1/tcp  *ALLOW" && ufw allow "$1/tcp" >/dev/null
+    ! ufw status | grep "^$1/tcp  *ALLOW" >/dev/null && ufw allow "$1/tcp" >/dev/null
   elif has_firewalld; then
     ! firewall-cmd -q --query-port="$1/tcp" &&
       firewall-cmd -q --permanent --add-port="$1/tcp" && firewall-cmd -q --add-port="$1/tcp"

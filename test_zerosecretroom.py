@@ -5544,6 +5544,8 @@ def test_a_streamed_file_ends_for_each_who_has_it(stream: Stream) -> None:
     got = zsr.UpGot(stream.ann, b"f" * 16)
     stream.desk.say("ben", got)
     assert stream.file.floor == 100
+    assert stream.puts(98) == [], "the sender missed an answer, and nobody takes it any more"
+    assert stream.desk.say("ben", got) == [(("ann",), zsr.DownSent(99, 100))]
     stream.desk.say("cat", got)
     assert stream.desk.room.files == {}
 
@@ -9718,6 +9720,7 @@ class Freight(Laboratory):
         self.puts = list[tuple[str, int]]()  # who gave the relay which segment
         self.came = list[tuple[str, int]]()  # to whom which segment came
         self.held = 0  # the most bytes the relay held
+        self.unheard = ""  # who hears no answer
         super().__init__(node, seed, **limits)
 
     def _move_up(self, wire: Wire) -> None:
@@ -9732,6 +9735,8 @@ class Freight(Laboratory):
     def _move_down(self, wire: Wire) -> None:
         frames = [zsr.decode_frame(data) for data in wire.inbox]
         self.came += [(wire.client, frame.index) for frame in frames if isinstance(frame, zsr.DownChunk)]
+        if wire.client == self.unheard:
+            wire.inbox = [zsr.encode_frame(frame) for frame in frames if not isinstance(frame, zsr.DownSent)]
         super()._move_down(wire)
 
     def until(self, what: Callable[[], bool]) -> None:
@@ -9900,6 +9905,7 @@ def test_a_streamed_file_waits_for_its_taker_however_long(clients: Node) -> None
     seed=st.integers(1, 2**31),
 )
 @example(schedule=[(1, "bob"), (1, "relay")], seed=1)
+@example(schedule=[(60, "both")], seed=65)
 @PLAYED
 def test_a_streamed_file_arrives_wherever_its_way_breaks(
     clients: Node, schedule: list[tuple[int, str]], seed: int
@@ -9917,6 +9923,30 @@ def test_a_streamed_file_arrives_wherever_its_way_breaks(
         freight.settle(50)
         freight.has(content, bob)
         assert freight.file(ana)["state"] == "here"
+
+
+def test_who_holds_a_streamed_file_says_so_again_where_its_sender_missed_it(freight: Freight) -> None:
+    """Both were cut off at the end, and nobody else wants what the sender gives once more."""
+    (ana, bob, _), content = offered(freight, 28)
+    fetch(freight, bob)
+    freight.until(lambda: (ana, 27) in freight.puts)
+    freight.cut(ana)
+    freight.unheard = ana
+    freight.until(lambda: bool(freight.file(bob)["state"] == "here"))
+    freight.until(lambda: all(freight.wires[wire].client != bob for wire, _ in freight.upward))
+    for _ in range(2):
+        freight.away(bob)
+        freight.start(bob)
+        freight.until(lambda: freight.room(bob)["connection"]["state"] == "connected")
+    freight.away(bob)
+    freight.unheard = ""
+    freight.cut(ana)
+    freight.settle(10)
+    assert freight.file(ana)["state"] == "moving"
+    freight.start(bob)
+    freight.settle(10)
+    assert freight.file(ana)["state"] == "here"
+    freight.has(content, bob)
 
 
 def test_a_source_chosen_again_must_be_the_same(freight: Freight) -> None:
@@ -19534,7 +19564,7 @@ def test_uninstalling_keeps_the_keys_unless_told_to_purge(installed: Installed, 
     """Also: another port by a second run, and an active firewall, whose command is a stub that writes down its calls."""
     machine = boot(installed.layers)
     keys = machine.sh(f"sha256sum {STATE}/*.pem")
-    ufw = 'echo "$@" >>/tmp/ufw; [ "$1" != status ] || echo "Status: active"'
+    ufw = 'echo "$@" >>/tmp/ufw; [ "$1" = status ] || exit 0; echo "Status: active"; exec seq 30000'  # a long answer
     machine.sh(f"printf '#!/bin/sh\\n%s\\n' '{ufw}' >/usr/local/bin/ufw && chmod +x /usr/local/bin/ufw")
     done = machine.install(ZSR_PORT="8443")
     assert done.returncode == 0, done.stderr

@@ -3070,7 +3070,7 @@ class Rooms:
         if file and not room.demo:
             file.got.add(peer.dev)
             file.waits.pop(peer, None)
-            self._pass(room, file, file.floor)
+            self._pass(room, file, file.count)  # where nobody else takes it, all of it has passed
             if file.streamed and not file.waits:
                 room.drop_chunks(file, file.floor)
             if not room.wanted_by(key, file):
