@@ -20228,7 +20228,7 @@ def test_a_delivery_costs_a_part_of_what_others_take(
 def test_one_message_at_a_time_costs_no_more_than_with_others(
     peers: tuple[Relay, dict[str, BareServer]], size: int
 ) -> None:
-    costs, _ = asyncio.run(compare(*peers, size, 3, rounds=50_000 // size, senders=1, burst=1))
+    costs, _ = asyncio.run(compare(*peers, size, 7, rounds=50_000 // size, senders=1, burst=1))
     ratios = show_costs(f"a delivery among {size}, one at a time", costs, "us")
     assert max(ratios.values()) <= 1
 
