@@ -3153,6 +3153,7 @@ class TestAgreement:
         value, name = data.draw(objects(shape)), frame_name(shape)
         encoded = zsr.encode_frame(value)
         assert node.call(f"{DECODERS[direction]}.encode", name, as_js(value)) == encoded
+        assert node.call(f"{DECODERS[direction]}.message", name, as_js(value)) == zsr.join_frames([encoded])
         assert node.call(f"{DECODERS[direction]}.decode", encoded) == {"name": name, **as_js(value)}
         assert zsr.decode_frame(encoded) == value
 
@@ -3188,6 +3189,12 @@ class TestAgreement:
         message = zsr.join_frames(frames)
         assert node.call("Wire.joinFrames", frames) == message
         assert node.call("Wire.splitFrames", message) == frames == zsr.split_frames(message)
+
+    def test_a_small_frame_does_not_keep_its_message_alive_and_a_large_one_is_not_copied(self, node: Node) -> None:
+        message = zsr.join_frames([b"small", bytes(70_000)])
+        frames = node.keep("Wire.splitFrames", message)
+        buffers = [node.keep("Reflect.get", node.keep("Reflect.get", frames, n), "buffer") for n in range(2)]
+        assert [node.call("Reflect.get", each, "byteLength") for each in buffers] == [5, len(message)]
 
     @pytest.mark.parametrize("message", [b"", b"\x00", b"\x00\x00\x00\x02a", b"\x00\x00\x00\x01ab", b"\xff" * 4])
     def test_a_message_without_a_whole_frame_is_refused(self, node: Node, message: bytes) -> None:
@@ -15683,13 +15690,14 @@ def test_under_a_mixture_of_floods_the_process_stays_within_its_memory(tmp_path:
 
 
 @pytest.mark.fuzz
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", ["wire", "rooms"])
 def test_atheris_finds_nothing_but_faults(target: str) -> None:
     """Coverage-guided: `pip install atheris`, then `-m fuzz`; ZSR_FUZZ_RUNS says how many inputs."""
     pytest.importorskip("atheris")
     runs = os.environ.get("ZSR_FUZZ_RUNS", "200000")
     command = [sys.executable, "-c", FUZZ, target, f"-runs={runs}", "-max_len=2000", "-seed=1"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=3600)
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert f"Done {runs}" in ended.stderr
 
@@ -20397,11 +20405,13 @@ BARE_SCRIPT = """(() => {
 BARE_RECEIVE_SCRIPT = """(() => {
   const parts = [];
   let size = 0;
-  socket.onmessage = ({data}) => {
-    parts.push(data);
-    size += data.byteLength;
-    if (size === %d) window.arrived = [Date.now(), new Blob(parts).size];
-  };
+  window.arrived = new Promise((there) => {
+    socket.onmessage = ({data}) => {
+      parts.push(data);
+      size += data.byteLength;
+      if (size === %d) there([Date.now(), new Blob(parts).size]);
+    };
+  });
 })()"""
 RANDOM_BYTES_SCRIPT = """(() => {
   window.content = new Uint8Array(%d);
@@ -20417,15 +20427,16 @@ SEND_SCRIPT = """(() => {
   Session.dispatch({do: 'files', files: [new File([content], '%s', {type: 'video/mp4'})]});
   return begun;
 })()"""
-# a film gets its player when it is here whole, not before
+# a film gets its player when it is here whole, not before; nobody asks the page meanwhile, which would cost it time
 RECEIVE_SCRIPT = """(() => {
-  window.arrived = undefined;
-  const watch = new MutationObserver(() => {
-    if (!document.querySelector('video[aria-label="%s"]')) return;
-    watch.disconnect();
-    window.arrived = [Date.now()];
+  window.arrived = new Promise((there) => {
+    const watch = new MutationObserver(() => {
+      if (!document.querySelector('video[aria-label="%s"]')) return;
+      watch.disconnect();
+      there(Date.now());
+    });
+    watch.observe(document.body, {childList: true, subtree: true});
   });
-  watch.observe(document.body, {childList: true, subtree: true});
 })()"""
 
 
@@ -20462,12 +20473,11 @@ def bare_seconds(arrive: Arrive, bare: BarePageServer) -> float:
     sender.js(RANDOM_BYTES_SCRIPT % FILE_BYTES)
     times = []
     for _ in range(ROUNDS):
-        receiver.js("void (window.arrived = undefined)")
         receiver.js(BARE_RECEIVE_SCRIPT % FILE_BYTES)
         begun = sender.js(BARE_SEND_SCRIPT)
-        arrived = receiver.wait("window.arrived", 60)
-        assert arrived[1] == FILE_BYTES
-        times.append((arrived[0] - begun) / 1000)
+        arrived, size = receiver.js("arrived")
+        assert size == FILE_BYTES
+        times.append((arrived - begun) / 1000)
     return float(statistics.median(times))
 
 
@@ -20478,7 +20488,7 @@ def sealed_seconds(arrive: Arrive, relay: Relay) -> float:
     for number in range(ROUNDS):
         bob.js(RECEIVE_SCRIPT % f"{number}.mp4")
         begun = ann.js(SEND_SCRIPT % f"{number}.mp4")
-        times.append((bob.wait("window.arrived", 60)[0] - begun) / 1000)
+        times.append((bob.js("arrived") - begun) / 1000)
     return float(statistics.median(times))
 
 
@@ -20492,7 +20502,65 @@ def test_a_20_mb_file_takes_little_longer_than_over_a_bare_socket(
     assert sealed / plain <= 2.5
 
 
-LINE = 200e6 / 8  # bytes a second, each way
+class Harbour(Relay):
+    """A relay in a network of its own, which each person reaches by a line of 200 Mbit/s each way: the kernel's own, so
+    that nothing is taken from the processor for it. The n-th line is at `at(n)`."""
+
+    RATE = 200e6 / 8  # bytes a second
+
+    def __init__(self, folder: Path, lines: int) -> None:
+        super().__init__(folder, *(word for n in range(lines) for word in ("--name", f"10.77.{n}.2")))
+        self.net, self.lines = f"zsr-{os.getpid()}", lines
+
+    @property
+    def command(self) -> list[str]:
+        return ["ip", "netns", "exec", self.net, *(word.replace("127.0.0.1", "0.0.0.0") for word in super().command)]
+
+    def start(self) -> Harbour:
+        as_program("ip", "netns", "add", self.net)
+        inside = ("ip", "netns", "exec", self.net)
+        for n in range(self.lines):
+            near, far = f"zsr{n}", "line" + str(n)
+            as_program("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", self.net)
+            for way, end, address in (((), near, f"10.77.{n}.1/24"), (inside, far, f"10.77.{n}.2/24")):
+                as_program(*way, "ip", "address", "add", address, "dev", end)
+                as_program(*way, "ip", "link", "set", end, "up")
+                limit = ("tbf", "rate", "200mbit", "burst", "64kb", "latency", "50ms")
+                as_program(*way, "tc", "qdisc", "add", "dev", end, "root", *limit)
+        super().start()
+        return self
+
+    def kill(self) -> None:
+        super().kill()
+        as_program("ip", "netns", "delete", self.net)
+
+    def at(self, line: int) -> str:
+        return f"https://10.77.{line}.2:{self.port}/"
+
+    def url(self, path: str = "/") -> str:
+        return self.at(0).removesuffix("/") + path
+
+
+@pytest.fixture
+def harbour(tmp_path: Path) -> Iterator[Harbour]:
+    if reason := why_no_machine():
+        pytest.skip(f"LINES NOT TRIED: {reason}")
+    made = Harbour(tmp_path / "harbour", 5)
+    try:
+        yield made.start()
+    finally:
+        made.kill()
+
+
+def crew(arrive: Arrive, harbour: Harbour, size: int) -> list[User]:
+    """So many people in a room, each on a line of its own."""
+    ann, *others = [arrive("chromium") for _ in range(size)]
+    make_room(ann, harbour)
+    for n, user in enumerate(others, 1):
+        join_by(user, make_link(ann).replace(harbour.at(0), harbour.at(n)), f"Bob {n}")
+    return [ann, *others]
+
+
 TEXT_SCRIPT = """(() => {
   const said = new Map();
   window.waits = [];
@@ -20527,37 +20595,30 @@ def p95(values: list[float]) -> float:
 @pytest.mark.bench
 @pytest.mark.xdist_group("bench")
 @pytest.mark.parametrize("receivers", [1, 4])
-def test_20_mb_over_200_mbit_arrive_while_they_are_sent(arrive: Arrive, relay: Relay, receivers: int) -> None:
-    with slow_line(relay, LINE) as line:
-        ann, *others = [arrive("chromium") for _ in range(receivers + 1)]
-        make_room(ann, cast("Relay", line))
-        for number, user in enumerate(others):
-            join_by(user, make_link(ann), f"Bob {number}")
-        ann.js(RANDOM_BYTES_SCRIPT % FILE_BYTES)
-        times = []
-        for number in range(ROUNDS):
-            for user in others:
-                user.js(RECEIVE_SCRIPT % f"{number}.mp4")
-            begun = ann.js(SEND_SCRIPT % f"{number}.mp4")
-            ends = [user.wait("window.arrived", 60)[0] for user in others]
-            times.append((max(ends) - begun) / 1000)
-        took = statistics.median(times)
-        bare = FILE_BYTES / LINE * (1 if receivers == 1 else receivers)
-        show(f"20 MB to {receivers} over 200 Mbit/s / the line alone", took / bare, f"{took:.2f} s / {bare:.2f} s")
+def test_20_mb_over_200_mbit_arrive_while_they_are_sent(arrive: Arrive, harbour: Harbour, receivers: int) -> None:
+    ann, *others = crew(arrive, harbour, receivers + 1)
+    ann.js(RANDOM_BYTES_SCRIPT % FILE_BYTES)
+    times = []
+    for number in range(ROUNDS):
+        for user in others:
+            user.js(RECEIVE_SCRIPT % f"{number}.mp4")
+        begun = ann.js(SEND_SCRIPT % f"{number}.mp4")
+        times.append(max((user.js("arrived") - begun) / 1000 for user in others))
+    took, bare = statistics.median(times), FILE_BYTES / harbour.RATE
+    show(f"20 MB to {receivers} over lines of 200 Mbit/s / a line alone", took / bare, f"{took:.2f} s / {bare:.2f} s")
 
 
 @pytest.mark.bench
 @pytest.mark.xdist_group("bench")
-def test_text_hardly_waits_for_a_file(arrive: Arrive, relay: Relay) -> None:
-    with slow_line(relay, LINE) as line:
-        ann, bob = meet(arrive, cast("Relay", line), "chromium")
-        ann.js(TEXT_SCRIPT)
-        bob.js(HEAR_SCRIPT)
-        alone = text_latencies(ann, bob, range(40), 0.1)
-        ann.js(RANDOM_BYTES_SCRIPT % (60 << 20))
-        ann.js(SEND_SCRIPT % "long.mp4")
-        beside = text_latencies(ann, bob, range(100, 130), 0.1)
-        show("p95 of text beside a file / alone", p95(beside) / p95(alone), f"{p95(beside):.3f} s / {p95(alone):.3f} s")
+def test_text_hardly_waits_for_a_file(arrive: Arrive, harbour: Harbour) -> None:
+    ann, bob = crew(arrive, harbour, 2)
+    ann.js(TEXT_SCRIPT)
+    bob.js(HEAR_SCRIPT)
+    alone = text_latencies(ann, bob, range(40), 0.1)
+    ann.js(RANDOM_BYTES_SCRIPT % (60 << 20))
+    ann.js(SEND_SCRIPT % "long.mp4")
+    beside = text_latencies(ann, bob, range(100, 130), 0.1)
+    show("p95 of text beside a file / alone", p95(beside) / p95(alone), f"{p95(beside):.3f} s / {p95(alone):.3f} s")
 
 
 LONG_FILE = int(os.environ.get("ZSR_BENCH_MIB", "128")) << 20
@@ -20696,15 +20757,24 @@ def test_a_file_of_any_size_passes_from_disk_to_disk_without_filling_memory(
     assert max(growth[1:]) < 150
 
 
-def usable_seconds(arrive: Arrive, url: str, ready: str) -> float:
-    """From navigation until something on the page can be used, in a profile that has never seen it."""
+USABLE_SCRIPT = """addEventListener('load', () => { window.usable ??= performance.now(); });
+new MutationObserver((_, watch) => {
+  if (![...document.querySelectorAll('button')].some((e) => e.checkVisibility() && e.innerText === 'New room')) return;
+  watch.disconnect();
+  window.usable = performance.now();
+}).observe(document, {subtree: true, attributeFilter: ['hidden']});"""
+
+
+def usable_ms(arrive: Arrive, url: str) -> float:
+    """From navigation until something on the page can be used, or an empty one is there, by the page's own clock; in
+    profiles that have never seen it."""
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(3 * ROUNDS):
         user = arrive("chromium")
-        begun = time.monotonic()
+        assert isinstance(user, PlaywrightUser)
+        user.do(lambda user=user: user.context.add_init_script(USABLE_SCRIPT))  # type: ignore[misc]
         user.goto(url)
-        user.wait(ready)
-        times.append(time.monotonic() - begun)
+        times.append(user.wait("window.usable"))
         user.close()
     return float(statistics.median(times))
 
@@ -20712,10 +20782,9 @@ def usable_seconds(arrive: Arrive, url: str, ready: str) -> float:
 @pytest.mark.bench
 @pytest.mark.xdist_group("bench")
 def test_the_page_is_soon_usable(arrive: Arrive, relay: Relay, bare: BarePageServer) -> None:
-    usable = "[...document.querySelectorAll('button')].some((e) => e.checkVisibility() && e.innerText === 'New room')"
-    full, empty = usable_seconds(arrive, relay.url(), usable), usable_seconds(arrive, bare.url(), "true")
-    show("navigation to usable page / to an empty page", full / empty, f"{full:.2f} s / {empty:.2f} s")
-    assert full < 3
+    full, empty = usable_ms(arrive, relay.url()), usable_ms(arrive, bare.url())
+    show("navigation to usable page / to an empty page", full / empty, f"{full:.0f} ms / {empty:.0f} ms")
+    assert full < 3000
 
 
 @pytest.mark.bench
