@@ -38,7 +38,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=bb5319f5345384ef9a27fdea341a694898d152265cbea4e45bd6b04880676a74
-  SHA256_PAGE=b51206a4b864ebc7fc323f6277280f89c5f915b0ee93c8e6a0f8e4986d8e2859
+  SHA256_PAGE=3c8374383839bd9347098cee5290b51c7bce1018d74f47dfdadb5d9af1732b71
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

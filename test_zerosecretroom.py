@@ -11845,7 +11845,8 @@ def test_attack_28_another_files_bytes_and_an_insiders_under_the_same_key_are_no
     stage.feed(sent.bob, insider.direct(stage.dev(sent.bob, sent.room), done), *sent.frames(same))
     assert sent.file(stage)["state"] == "moving", "another than its author says that it is whole"
     stage.feed(sent.bob, sent.told[1])
-    assert (sent.file(stage)["state"], sent.file(stage)["why"]) == ("moving", "broken")
+    eventually(lambda: bool(sent.file(stage)["why"] == "broken"), "the bytes are not those that its author named")
+    assert sent.file(stage)["state"] == "moving"
     sent.arrives(stage)
 
 
@@ -13000,9 +13001,8 @@ class Caller:
     socket: ClientConnection
 
     def __init__(self, relay: Served, room_path: str, **options: Any) -> None:
-        self.connection = connect_socket(
-            relay.socket_url(room_path), ssl=relay.trust(), compression=None, proxy=None, max_size=None, **options
-        )
+        usual: dict[str, Any] = {"compression": None, "proxy": None, "max_size": None, "close_timeout": 1}
+        self.connection = connect_socket(relay.socket_url(room_path), ssl=relay.trust(), **(usual | options))
         self.waiting: list[Any] = []
         self.passed: list[Any] = []
         self.sizes: list[int] = []  # frames in each message
@@ -13627,6 +13627,9 @@ def test_identity_and_key_outlive_a_kill(relay: Relay) -> None:
 # --------------------------------------------------------------------------------- another certificate while it runs --
 
 
+LOOKS_OFTEN = ("--limit", "upkeep_seconds=1")
+
+
 class Brought:
     """A relay with a certificate of its operator's, and pairs to put in its place."""
 
@@ -13637,7 +13640,7 @@ class Brought:
         self.first = self.pair("first", "127.0.0.1", "mine.example")
         self.put(self.first)
         options = ("--cert", str(self.cert), "--key", str(self.key), "--log-level", "debug")
-        self.relay = Relay(folder / "r", *options).start()
+        self.relay = Relay(folder / "r", *options, *LOOKS_OFTEN).start()
 
     def pair(self, name: str, *names: str) -> Path:
         folder = self.folder / name
@@ -13671,12 +13674,12 @@ def brought(tmp_path: Path) -> Iterator[Brought]:
 
 
 def looks_again(relay: Relay) -> None:
-    """Returns once a relay that logs its sweeps, one a second, has looked at its certificate at least once more."""
+    """Returns once a relay that logs its sweeps, one a second, and looks at its certificate as often, has done so."""
 
     def sweeps() -> int:
         return relay.err.read_text().count(" connections, ")
 
-    enough = sweeps() + 2 * zsr.Limits().upkeep_seconds
+    enough = sweeps() + 2
     eventually(lambda: sweeps() > enough, "it looked again")
 
 
@@ -13786,7 +13789,7 @@ raise SystemExit(zsr.main())"""
 @contextmanager
 def years(folder: Path, *options: str) -> Iterator[Years]:
     folder.mkdir(exist_ok=True)
-    relay = Years(folder, *options)
+    relay = Years(folder, *options, *LOOKS_OFTEN)
     relay.wait(0)
     relay.start()
     try:
@@ -16240,8 +16243,16 @@ def make_room(user: User, relay: Relay, room: str = "Harbour", name: str = "Ann"
 
 def make_link(user: User) -> str:
     user.click("button", "Invite")
-    box = user.find("textbox", "Invite link")
-    link = eventually(box.value, "a link is made")
+    dialog = user.find("dialog", re.compile("^Invite to "))
+    box = dialog.find("textbox", "Invite link")
+
+    def made() -> str:
+        link = box.value()
+        if not link and "This link has been used" in dialog.text():  # while the dialog opened
+            dialog.find("button", "New link").click()
+        return link
+
+    link = eventually(made, "a link is made")
     user.press("Escape")
     box.vanishes()
     return link
@@ -17170,6 +17181,44 @@ def test_attack_37_of_two_tabs_one_works_and_the_other_may_take_over(arrive: Arr
 
 
 # ----------------------------------------------------------------------------------------------- what has to survive --
+
+
+@on_engines("webkit")
+def test_a_page_that_is_left_keeps_nobody_from_its_storage(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """Seen to fail without giving up what is under way (connection in the store): two in a hundred were blank for ever."""
+    ann = arrive(engine)
+    make_room(ann, relay)
+    write(ann, "still here")
+    there = ann.js("location.href")
+    for _ in range(12):
+        ann.goto("about:blank")
+        ann.goto(there)
+        hears(ann, "still here")
+
+
+HOLD_SCRIPT = """new Promise((held) => {
+  indexedDB.open('zsr').onsuccess = ({target}) => {
+    const table = target.result.transaction(['meta'], 'readwrite').objectStore('meta');
+    const again = () => { if (!window.enough) table.count().onsuccess = again; held(true); };
+    again();
+  };
+})"""
+
+
+@on_engines("chromium")
+def test_a_page_that_does_not_get_its_storage_says_so_and_goes_on_once_it_does(
+    arrive: Arrive, relay: Relay, engine: str
+) -> None:
+    ann = arrive(engine)
+    make_room(ann, relay)
+    there = ann.js("location.href")
+    ann.goto(relay.url("/trust"))
+    ann.js(HOLD_SCRIPT)
+    late = ann.another_tab()
+    late.goto(there)
+    late.css("body").says("The browser does not give this page what it keeps for it.")
+    ann.js("void (window.enough = true)")
+    is_in(late, "Harbour")
 
 
 @on_engines()
