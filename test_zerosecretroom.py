@@ -17196,7 +17196,7 @@ def test_a_page_that_is_left_keeps_nobody_from_its_storage(arrive: Arrive, relay
         hears(ann, "still here")
 
 
-HOLD_SCRIPT = """new Promise((held) => {
+BUSY_STORE_SCRIPT = """new Promise((held) => {
   indexedDB.open('zsr').onsuccess = ({target}) => {
     const table = target.result.transaction(['meta'], 'readwrite').objectStore('meta');
     const again = () => { if (!window.enough) table.count().onsuccess = again; held(true); };
@@ -17213,7 +17213,7 @@ def test_a_page_that_does_not_get_its_storage_says_so_and_goes_on_once_it_does(
     make_room(ann, relay)
     there = ann.js("location.href")
     ann.goto(relay.url("/trust"))
-    ann.js(HOLD_SCRIPT)
+    ann.js(BUSY_STORE_SCRIPT)
     late = ann.another_tab()
     late.goto(there)
     late.css("body").says("The browser does not give this page what it keeps for it.")
