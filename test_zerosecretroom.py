@@ -16998,7 +16998,7 @@ def test_a_transfer_is_paused_reloaded_cut_and_goes_on(
         ann.upload(tmp_path / "long.bin")
         bob.find("progressbar", "long.bin").appears()
         press(bob, "Pause")
-        assert "Paused, " in article(bob, "long.bin")
+        eventually(lambda: "Paused, " in article(bob, "long.bin"), "it pauses")
         write(ann, "still talking")
         hears(bob, "still talking")
         bob.reload()
