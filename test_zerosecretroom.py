@@ -8706,9 +8706,13 @@ class TestInvites:
 
 def with_marks(lab: Laboratory, name: str) -> Any:
     """The room with its marks, which are reckoned once they are asked for."""
-    lab.room(name)
-    lab.settle(1)
-    return lab.room(name)
+
+    def reckoned() -> Any:
+        room = lab.room(name)
+        lab.settle(1)
+        return room if all(len(each["mark"]) == 32 for each in [*room["members"], *room["waiting"]]) else None
+
+    return eventually(reckoned, "all marks are reckoned")
 
 
 class TestAsk:
