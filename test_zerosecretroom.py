@@ -663,6 +663,11 @@ setTimeout(look, 16);
 """
 """The driver clicks where something was: it has to stand still. It would also stop at the edge of the screen, where
 something else may float above it."""
+SHADOWS_SCRIPT = """
+window.testSheet ??= new CSSStyleSheet();
+window.testSheet.replaceSync(arguments[0]);
+document.adoptedStyleSheets = [window.testSheet];
+"""
 SMALL_TOOLBAR = "* { min-width: 0; min-height: 0; padding: 0; margin: 0; font-size: 1px; }"
 """MiniBrowser's toolbar would keep its window from becoming as narrow as a phone."""
 NO_MOTION = "[Settings]\ngtk-enable-animations=0\n"
@@ -837,7 +842,15 @@ class WebKitUser(User):
         self.wait(f"innerWidth === {width} && innerHeight === {height}")
 
     def shot(self, path: Path) -> Path:
-        return _save_picture(self.driver.call("GET", "/screenshot"), path)
+        with self.flat():
+            return _save_picture(self.driver.call("GET", "/screenshot"), path)
+
+    @contextmanager
+    def flat(self) -> Iterator[None]:
+        """Without shadows: over a whole window a picture takes the driver 20 s to reckon them."""
+        self.driver.run(SHADOWS_SCRIPT, "*, ::backdrop { box-shadow: none !important }")
+        yield
+        self.driver.run(SHADOWS_SCRIPT, "")
 
     def _keep_log(self) -> None:
         self.log += self.driver.run("const seen = window.testErrors ?? []; window.testErrors = []; return seen")
@@ -955,7 +968,8 @@ class WebKitSpot(Spot):
         self._send("\n".join(map(str, paths)))
 
     def shot(self, path: Path) -> Path:
-        picture = self._with(lambda element: self.user.driver.call("GET", f"/element/{element[ELEMENT]}/screenshot"))
+        with self.user.flat():
+            picture = self._with(lambda found: self.user.driver.call("GET", f"/element/{found[ELEMENT]}/screenshot"))
         return _save_picture(picture, path)
 
 
@@ -1048,10 +1062,16 @@ class Relay:
             *self.options,
         ]
 
-    def start(self) -> Relay:
-        """Returns once it listens."""
+    def begin(self) -> None:
         with open(self.out, "wb") as out, open(self.err, "ab") as err:
             self.process = subprocess.Popen(self.command, stdout=out, stderr=err, env=relay_environment(self.env))
+
+    def start(self) -> Relay:
+        """Returns once it listens."""
+        self.begin()
+        return self.ready()
+
+    def ready(self) -> Relay:
         eventually(self.listens, f"{self.command} listens")
         return self
 
@@ -1156,12 +1176,39 @@ on_both_loops = pytest.mark.parametrize(
 )
 
 
+class Relays:
+    """Fresh relays without options: the next one starts while the last one is used."""
+
+    def __init__(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.folders = tmp_path_factory
+        self.waiting = self.begun()
+
+    def begun(self) -> Relay:
+        made = Relay(self.folders.mktemp("relay"))
+        made.begin()
+        return made
+
+    def take(self) -> Relay:
+        taken, self.waiting = self.waiting.ready(), self.begun()
+        return taken
+
+
+@pytest.fixture(scope="session")
+def relays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relays]:
+    started = Relays(tmp_path_factory)
+    yield started
+    started.waiting.kill()
+
+
 @pytest.fixture
 def relay(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Relay]:
     """A relay of this test's own, with the options that the test is marked with."""
     marked = request.node.get_closest_marker("relay")
-    loop = {"ZSR_LOOP": request.param} if hasattr(request, "param") else {}
-    made = Relay(tmp_path / "relay", *(marked.args if marked else ()), env=loop).start()
+    if marked or hasattr(request, "param"):
+        loop = {"ZSR_LOOP": request.param} if hasattr(request, "param") else {}
+        made = Relay(tmp_path / "relay", *(marked.args if marked else ()), env=loop).start()
+    else:
+        made = request.getfixturevalue("relays").take()
     yield made
     made.kill()
 
@@ -17882,7 +17929,7 @@ def comes_and_goes(dora: User, ann: User, bob: User) -> None:
     dora.goto("about:blank")
 
 
-@pytest.mark.relay("--ttl", "30s")
+@pytest.mark.relay("--ttl", "30s", "--limit", "rotation_seconds=1")
 @on_engines()
 def test_story_two_weeks_away(arrive: Arrive, relay: Relay, engine: str) -> None:
     """Cem closes the page. Keys change, people come and go, the relay keeps nothing; then Cem has all, as the others."""
