@@ -16686,6 +16686,32 @@ def test_a_revoked_link_lets_nobody_in(arrive: Arrive, relay: Relay, engine: str
     eventually(lambda: any("This link has ended" in text for text in bob.find("alert").texts()), "Bob is told")
 
 
+SHUT_AT_ONCE_SCRIPT = """(() => {
+  const box = document.getElementById('invite-link'), {get, set} = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value');
+  Object.defineProperty(box, 'value', {get, configurable: true, set(link) {
+    set.call(this, link);
+    if (!link) return;
+    delete box.value;
+    box.closest('dialog').close();
+  }});
+})()"""
+
+
+@on_engines("chromium")
+def test_a_link_that_was_used_since_its_dialog_was_shut_is_not_shown_again(
+    arrive: Arrive, relay: Relay, engine: str
+) -> None:
+    """Seen to fail without: what Invite.render notes of links that are not shown."""
+    ann, bob = arrive(engine), arrive(engine)
+    make_room(ann, relay)
+    ann.js(SHUT_AT_ONCE_SCRIPT)
+    ann.click("button", "Invite")
+    link = ann.wait("document.getElementById('invite-link').value")
+    join_by(bob, link, "Bob")
+    eventually(lambda: "Bob joined" in ann.text_of_page(), "Bob is in")
+    assert make_link(ann) != link
+
+
 @on_engines("chromium")
 def test_a_link_for_five_lets_in_one_after_the_other(arrive: Arrive, relay: Relay, engine: str) -> None:
     ann, bob, cem = arrive(engine), arrive(engine, PHONE), arrive(engine, PHONE)
@@ -17187,6 +17213,7 @@ def test_photos_travel_without_their_place_and_with_a_small_picture(
     ann.upload(*[tmp_path / name for name in names])
     for name in names:
         has_file(bob, name)
+    for name in names:
         assert save(bob, name).sha256 != sha256((tmp_path / name).read_bytes())
     bob.find("img", "one.jpg").appears()
     eventually(lambda: bob.js("[...document.querySelectorAll('.msg.pic')].length") == 2, "both stand as pictures")
@@ -17287,6 +17314,7 @@ def test_attack_36_what_could_carry_a_script_is_never_shown_inline(
     write(ann, "<img src=x onerror=pwned=1> javascript:pwned=1 data:text/html,<script>pwned=1</script>")
     for name in EVIL_NAMES:
         has_file(bob, name)
+    for name in EVIL_NAMES:
         assert save(bob, name).type == "application/octet-stream"
     hears(bob, "<img src=x onerror=pwned=1>")
     assert bob.js("window.pwned ?? document.querySelectorAll('iframe, object, embed, article svg image').length") == 0
@@ -17744,10 +17772,9 @@ def test_what_is_damaged_says_so_and_can_be_begun_anew(arrive: Arrive, relay: Re
     ann = arrive(engine)
     ann.excuse("does not open")
     make_room(ann, relay)
-    ann.goto("about:blank")
-    ann.goto(relay.url())
+    ann.goto(relay.url("/trust"))  # no page that would write it anew
     ann.js(FLIP_SCRIPT % json.dumps(":core"))
-    ann.reload()
+    ann.goto(relay.url())
     ann.css("body").says("does not open any more")
     erase_all(ann)
     make_room(ann, relay, "Haven")
