@@ -19509,7 +19509,7 @@ class Machine:
         eventually(self.is_up, f"{self.name} is up")
         with one_at_a_time():
             taken = as_program("ip", "addr")
-            own = range(128 * (WORKER % 2), 256, 4)  # a worker's machines are all at one address: their relay knows it
+            own = range(16 * (WORKER % 16), 256, 4)  # a worker's machines are all at one address: their relay knows it
             third = next(each for each in own if f"198.51.100.{each + 1}/" not in taken)
             self.address = f"198.51.100.{third + 2}"
             as_program("ip", "addr", "add", f"198.51.100.{third + 1}/30", "dev", f"ve-{self.name}")
