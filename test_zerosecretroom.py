@@ -850,8 +850,10 @@ class WebKitUser(User):
     def flat(self) -> Iterator[None]:
         """Without shadows: over a whole window a picture takes the driver 20 s to reckon them."""
         self.driver.run(SHADOWS_SCRIPT, "*, ::backdrop { box-shadow: none !important }")
-        yield
-        self.driver.run(SHADOWS_SCRIPT, "")
+        try:
+            yield
+        finally:
+            self.driver.run(SHADOWS_SCRIPT, "")
 
     def _keep_log(self) -> None:
         self.log += self.driver.run("const seen = window.testErrors ?? []; window.testErrors = []; return seen")
@@ -1204,10 +1206,10 @@ def relays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relays]:
 @pytest.fixture
 def relay(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Relay]:
     """A relay of this test's own, with the options that the test is marked with."""
-    marked = request.node.get_closest_marker("relay")
-    if marked or hasattr(request, "param"):
-        loop = {"ZSR_LOOP": request.param} if hasattr(request, "param") else {}
-        made = Relay(tmp_path / "relay", *(marked.args if marked else ()), env=loop).start()
+    marked, loop = request.node.get_closest_marker("relay"), getattr(request, "param", "")
+    if marked or loop:
+        env = {"ZSR_LOOP": loop} if loop else {}
+        made = Relay(tmp_path / "relay", *(marked.args if marked else ()), env=env).start()
     else:
         made = request.getfixturevalue("relays").take()
     yield made
@@ -2676,6 +2678,10 @@ def farewell(by: Keys, devices: list[Keys], kind: int = 2) -> zsr.Signed:
 
 def resync(by: Keys, head: bytes) -> zsr.Signed:
     return signed(by.sig, "resync", zsr.Resync(by.room, head, zsr.encode(leaf_shape(by))))
+
+
+def message_of(*frames: Any) -> bytes:
+    return zsr.join_frames([zsr.encode_frame(frame) for frame in frames])
 
 
 def login(by: Keys, relay_m: bytes, host: str, **changes: Any) -> zsr.UpLogin:
@@ -5021,13 +5027,13 @@ def test_log_numbers_are_not_used_twice_in_a_run(home: House) -> None:
 
 # ----------------------------------------------------------------------------------------------------- what passes --
 def test_a_post_is_one_frame_to_all_and_a_number_for_its_poster(desk: Desk, home: House) -> None:
-    effects = desk.rooms.handle("ann", zsr.join_frames([zsr.encode_frame(post(home, 7))]), desk.now)
+    effects = desk.rooms.handle("ann", message_of(post(home, 7)), desk.now)
     assert [type(effect) for effect in effects] == [zsr.Send, zsr.Answer]
     assert desk.told(effects) == [
         (("ann", "ben", "cat"), zsr.DownEvent(2, 1, home.ann.dev, 1, home.made.ch, b"sealed")),
         (("ann",), zsr.DownSent(7, 2)),
     ]
-    again = desk.rooms.handle("ben", zsr.join_frames([zsr.encode_frame(post(home))]), desk.now)
+    again = desk.rooms.handle("ben", message_of(post(home)), desk.now)
     assert isinstance(effects[0], zsr.Send)
     assert isinstance(again[0], zsr.Send)
     assert again[0].conns is effects[0].conns, "the tuple of members is made once"
@@ -13148,7 +13154,7 @@ class Caller:
         self.connection.__exit__(*what)
 
     def say(self, *frames: Any) -> None:
-        self.socket.send(zsr.join_frames([zsr.encode_frame(frame) for frame in frames]))
+        self.socket.send(message_of(*frames))
 
     def hear(self, kind: type[T], timeout: float = PATIENCE) -> T:
         """The next frame of this kind; what comes before it is passed over."""
@@ -14584,13 +14590,13 @@ def test_who_asks_without_reading_is_not_listened_to() -> None:
     """Answers to one's own requests are not held without end: the relay stops reading, so that sending blocks."""
     with LinkThread(outbox=1 << 20) as link, link.raw() as raw:
         raw_handshake(raw)
-        said = zsr.join_frames([zsr.encode_frame(zsr.UpNonce(bytes(32)))])
+        said = message_of(zsr.UpNonce(bytes(32)))
         raw.sendall(masked(said))
         answer = raw.recv(4096)
         relay_frame = zsr.decode_frame(zsr.split_frames(answer[4:])[0])
         logged_in = login(new_device(H("room", b"aaa")), relay_frame.m, "127.0.0.1")
-        raw.sendall(masked(zsr.join_frames([zsr.encode_frame(logged_in)])))
-        pings = masked(zsr.join_frames([zsr.encode_frame(zsr.UpPing(1))] * 4000))
+        raw.sendall(masked(message_of(logged_in)))
+        pings = masked(message_of(*[zsr.UpPing(1)] * 4000))
         raw.settimeout(2)
         with pytest.raises(TimeoutError):
             flood(raw, pings * 600)  # 31 MB
@@ -15477,11 +15483,11 @@ def test_who_says_farewell_while_much_waits_for_it_is_answered(relay: Relay) -> 
     ):
         ann.hello(new_device(demo), None)
         raw_handshake(tls)
-        tls.sendall(masked(zsr.join_frames([zsr.encode_frame(zsr.UpNonce(bytes(32)))])))
+        tls.sendall(masked(message_of(zsr.UpNonce(bytes(32)))))
         said = zsr.decode_frame(zsr.split_frames(tls.recv(4096)[4:])[0])
         keys = new_device(demo)
-        tls.sendall(masked(zsr.join_frames([zsr.encode_frame(login(keys, said.m, "127.0.0.1"))])))
-        tls.sendall(masked(zsr.join_frames([zsr.encode_frame(hello(None, leaves=[leaf(keys)]))])))
+        tls.sendall(masked(message_of(login(keys, said.m, "127.0.0.1"))))
+        tls.sendall(masked(message_of(hello(None, leaves=[leaf(keys)]))))
         ann.hear(zsr.DownPeer)
         for ref in range(100):
             ann.say(zsr.UpPost(ref, 0, bytes(32), bytes(60_000)))
@@ -15774,9 +15780,9 @@ async def junk_logins(relay: Relay, count: int) -> set[int | None]:
     async def keep_on() -> None:
         for n in numbers:
             async with connect_client(url, ssl=context, compression=None, proxy=None) as one:
-                await one.send(zsr.join_frames([zsr.encode_frame(zsr.UpNonce(os.urandom(32)))]))
+                await one.send(message_of(zsr.UpNonce(os.urandom(32))))
                 (said,) = zsr.split_frames(cast(bytes, await one.recv()))
-                await one.send(zsr.join_frames([zsr.encode_frame(junk(n, zsr.decode_frame(said)))]))
+                await one.send(message_of(junk(n, zsr.decode_frame(said))))
                 await one.wait_closed()
             codes.add(one.close_code)
 
@@ -20238,7 +20244,7 @@ class LoadClient(asyncio.Protocol):
         self.transport.write(head + bytes(4) + message)  # masked with zeros
 
     def say(self, *frames: Any) -> None:
-        self.send(zsr.join_frames([zsr.encode_frame(frame) for frame in frames]))
+        self.send(message_of(*frames))
 
     async def hear(self, kind: type[Any]) -> Any:
         assert self.messages
