@@ -7505,6 +7505,7 @@ const Lab = (() => {
       leaves: [...s.leaves].map(([d, l]) => [d, l.no]), outbox: [...s.outbox.keys()], lacking: [...s.lacking.keys()], alarms: s.alarms, lost: s.lost, split: s.split,
       devices: [...(s.head?.devices.keys() ?? [])], next: s.nextI, view: view.state, dev: s.dev, authors: [...s.authors].map(([d, a]) => [d, a.top, [...a.ahead.keys()]])};
   };
+  const left = async (name) => [...clients.get(name).lines.keys(), ...await clients.get(name).session.store.metas('room:')];
   const stored = async (name, id) => (await clients.get(name).session.store.events(id, {before: null, limit: 100000})).map((e) => [e.lam, e.dev, e.i,
     Notary.contentOf(Keeper.unrecord(e.value).item)]).map(([lam, dev, i, c]) => [lam, dev, i, c.kind, c.whole && c.kind === 'text' ? c.body.text : '']);
   const facts = async (name, id) => {
@@ -7580,7 +7581,7 @@ const Lab = (() => {
     }
     return [Math.floor(flow.window), most];
   };
-  return {faults, fading, forget, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, sleep, wake, dispatch, ask, answer, model, state, stored, out, blob, unveil, dev, invites, rooms, wall, touch, session, resize, queue};
+  return {faults, fading, forget, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, sleep, wake, dispatch, ask, answer, model, state, stored, left, out, blob, unveil, dev, invites, rooms, wall, touch, session, resize, queue};
 })();
 """
 
@@ -7762,6 +7763,10 @@ class Laboratory:
     def stored(self, name: str, room: str) -> list[Any]:
         return list(self.node.call("Lab.stored", name, room))
 
+    def left(self, name: str) -> list[Any]:
+        """Connections, and what is stored of rooms."""
+        return list(self.node.call("Lab.left", name))
+
     def facts(self, name: str, room: str) -> Any:
         return self.node.call("Lab.facts", name, room)
 
@@ -7920,6 +7925,10 @@ class TestConversation:
             lab.settle(8)
         assert lab.model(people[1])["at"] == "room"
         assert lab.model(people[2])["invited"]["state"] == "used"
+        assert lab.left(people[2]) != [], "it may have been the relay's mistake"
+        lab.do(people[2], "go", to={"at": "start"})
+        assert lab.left(people[2]) == []
+        assert lab.left(people[1]) != []
         assert len(lab.room(people[0])["members"]) == 2
 
     def test_keys_rotate_and_talk_goes_on(self, lab: Laboratory) -> None:
@@ -8866,6 +8875,7 @@ class TestAsk:
         lab.do(bob, "refuse", dev=waits["dev"])
         lab.settle(3)
         assert lab.model(dora)["invited"]["state"] == "refused"
+        assert lab.left(dora) == [], "nothing of Dora's was kept"
         lab.start(ana)
         lab.settle(4)
         assert lab.room(ana)["waiting"] == lab.room(ana)["invites"] == []
