@@ -16832,10 +16832,9 @@ def test_the_demo_room_is_open_to_anyone(arrive: Arrive, relay: Relay, engine: s
 
 def said(user: User, text: str) -> Spot:
     """The one article with that text."""
-    spots = user.find("log", "Messages").find("article")
-    at = eventually(lambda: [n for n in range(spots.count()) if text in spots.nth(n).text()], f"{text!r} stands there")
+    at = eventually(lambda: [n for n, shown in enumerate(articles(user)) if text in shown], f"{text!r} stands there")
     assert len(at) == 1, articles(user)
-    return spots.nth(at[0])
+    return user.find("log", "Messages").find("article").nth(at[0])
 
 
 def is_without(user: User, text: str) -> bool:
@@ -18243,7 +18242,7 @@ OVERFLOW_SCRIPT = """(() => {
   const shown = (e) => e.checkVisibility() && getComputedStyle(e).position !== 'absolute';
   for (const e of document.querySelectorAll('body *')) {
     const box = e.getBoundingClientRect();
-    if (shown(e) && box.width > 1 && (box.right > innerWidth + 1 || box.left < -1) && !e.closest('svg, [hidden]'))
+    if (shown(e) && box.width > 1 && (box.right > innerWidth + 1 || box.left < -1) && !e.closest('svg, [hidden], pre > *'))
       wide.push(`${e.localName}#${e.id} ${e.className} ${Math.round(box.left)}..${Math.round(box.right)}`);
   }
   return wide;
@@ -18537,11 +18536,15 @@ def test_the_page_saves_itself_as_it_was_served(arrive: Arrive, relay: Relay, en
 View = tuple[str, User]
 
 
-def tour(ann: User, bob: User, relay: Relay, media: Media) -> Iterator[View]:
+def tour(ann: User, bob: User, cem: User, relay: Relay, media: Media) -> Iterator[View]:
     """Each view by its name, on the screen of the one who sees it."""
     yield from tour_of_the_start(ann, bob, relay)
     yield from tour_of_a_room(ann, bob, media)
+    yield from tour_of_messages(ann, bob)
+    yield from tour_of_the_composer(ann, bob, media)
     yield from tour_of_the_dialogs(ann)
+    yield from tour_of_the_door(ann, cem)
+    yield from tour_of_troubles(ann, bob, relay)
     yield from tour_of_the_rest(ann, bob, relay)
 
 
@@ -18594,6 +18597,146 @@ def tour_of_a_room(ann: User, bob: User, media: Media) -> Iterator[View]:
     ann.press("Escape")
 
 
+LETTER = """**Bring** a _warm_ coat, ~~not two~~, and mind:
+
+> The last boat does not wait.
+
+- bread
+- `rope 12mm`, @Ann
+
+```
+07:00 harbour   09:40 island
+17:15 island    19:50 harbour
+```"""
+
+
+def tour_of_messages(ann: User, bob: User) -> Iterator[View]:
+    write(bob, LETTER)
+    write(bob, "\n".join(f"{hour}:00 the harbour was quiet and the gulls slept" for hour in range(1, 40)))
+    hears(ann, "rope 12mm", "39:00")
+    yield "a long text", ann
+    act(ann, "rope 12mm", "React")
+    yield "reactions to choose", ann
+    ann.find("menuitemcheckbox", "🎂").click()
+    act(bob, "I bring the bread", "Pin")
+    write(ann, "The boat leaves at eihgt")
+    act(ann, "eihgt", "Edit")
+    yield "editing", ann
+    write(ann, "The boat leaves at eight")
+    write(ann, "wrong room, sorry")
+    act(ann, "wrong room", "Delete")
+    act(bob, "at eight", "Reply")
+    write(bob, "eight is fine")
+    hears(ann, "eight is fine")
+    ask(ann, "Which day, if the forecast holds?", "Saturday, with the early boat", "Sunday")
+    bob.find("button", "Sunday, 0 votes").click()
+    ann.find("button", "Sunday, 1 vote").appears()
+    ann.css("#pinned").says("I bring the bread")
+    yield "answers and a poll", ann
+    yield "answers and a poll, of the other", bob
+    ann.click("button", "Edited, show earlier versions")
+    yield "earlier versions", ann
+    ann.press("Escape")
+    act(ann, "eight is fine", "Select")
+    said(ann, "rope 12mm").find("checkbox", "Select").click()
+    yield "selected", ann
+    ann.css("#picked").find("button", "Forward").click()
+    yield "forward", ann
+    ann.press("Escape")
+    ann.css("#picked").find("button", "Cancel").click()
+
+
+def ask(user: User, question: str, *choices: str) -> None:
+    user.click("button", "Poll or timer")
+    user.find("menuitem", "Poll").click()
+    poll = user.find("dialog", "New poll")
+    poll.find("textbox", "Question").fill(question)
+    poll.find("textbox", "Choices, one a line").fill("\n".join(choices))
+    poll.find("button", "Send poll").click()
+    poll.vanishes()
+
+
+def tour_of_the_composer(ann: User, bob: User, media: Media) -> Iterator[View]:
+    ann.click("button", "Poll or timer")
+    yield "more to send", ann
+    ann.find("menuitem", "Poll").click()
+    yield "new poll", ann
+    ann.press("Escape")
+    box = bob.find("textbox", "Message")
+    box.fill("hey @a")
+    bob.find("option", "Ann").appears()
+    ann.css("#typing").says("Bob")
+    yield "a mention", bob
+    yield "someone is typing", ann
+    box.fill("")
+    bob.click("button", "Poll or timer")
+    bob.find("menuitem", "Photo to view once").click()
+    bob.upload(media["photo.png"])
+    ann.find("button", "View photo").appears()
+    bob.upload(*(media[name] for name in ("beach.jpg", "boat.jpg", "gull.png", "clip.mp4", "bundle.zip")))
+    for name in ("gull.png", "clip.mp4", "bundle.zip"):
+        has_file(ann, name)
+    yield "photos and a film", ann
+    write(ann, "/help")
+    ann.find("dialog", "Commands and keys").appears()
+    yield "commands and keys", ann
+    ann.press("Escape")
+
+
+def tour_of_the_door(ann: User, cem: User) -> Iterator[View]:
+    """Cem has to wait, is refused, and tries the link again; a link may also be damaged on its way."""
+    dialog = side(ann, "Settings")
+    choose(dialog, "Who joins", "1")
+    dialog.find("button", "Save rules").click()
+    dialog.says("Saved.")
+    close_side(ann, "Settings")
+    link = make_link(ann)
+    cem.goto(link)
+    cem.fill("Your name", "Cem")
+    cem.click("button", "Join")
+    ann.find("list", "Waiting to be let in").says("Cem asks to be let in")
+    cem.css("#invited-print").appears()
+    yield "waiting to be let in", cem
+    yield "someone waits", ann
+    ann.click("button", "Refuse Cem")
+    shows(cem, "An admin did not let you in.")
+    yield "refused", cem
+    cem.goto(f"{link}x")
+    cem.css("#say").appears()
+    yield "a damaged link", cem
+    cem.goto("about:blank")
+
+
+def tour_of_troubles(ann: User, bob: User, relay: Relay) -> Iterator[View]:
+    """Behind a slow line, which makes it another address: transfers that rest, someone removed, then no line at all."""
+    for user in (ann, bob):
+        user.excuse()
+    with slow_line(relay, 5e5) as line, tempfile.TemporaryDirectory() as folder:
+        make_room(ann, cast("Relay", line), "Pier")
+        is_connected(ann)
+        join_by(bob, make_link(ann), "Bob", "Pier")
+        film = Path(folder, "harbour-pan.mov")
+        film.write_bytes(bytes(4 << 20))
+        ann.upload(film)
+        bob.find("progressbar", film.name).appears()
+        eventually(lambda: "left" in article(bob, film.name), "its time is told")
+        yield "a file on its way", ann
+        yield "a file that comes", bob
+        press(bob, "Pause")
+        eventually(lambda: "Paused, " in article(bob, film.name), "it pauses")
+        yield "a file that rests", bob
+        people_of(ann).find("button", "Remove Bob").click()
+        answer(ann, "Remove Bob", "Remove from the room")
+        close_side(ann, "Members")
+        shows(bob, "You were removed from this room.")
+        yield "removed", bob
+        bob.goto(relay.url())
+    ann.find("button", "Try now").appears()
+    write(ann, "Does this go out?")
+    yield "written offline", ann
+    ann.goto(relay.url())
+
+
 def tour_of_the_dialogs(ann: User) -> Iterator[View]:
     ann.click("button", "Members")
     yield "members", ann
@@ -18629,7 +18772,7 @@ def tour_of_the_dialogs(ann: User) -> Iterator[View]:
 
 
 def tour_of_the_rest(ann: User, bob: User, relay: Relay) -> Iterator[View]:
-    ann.click("button", "Rooms")
+    ann.find("list", "Rooms").appears()
     yield "rooms", ann
     ann.click("button", "Demo room")
     is_in(ann, "Demo room")
@@ -18639,16 +18782,22 @@ def tour_of_the_rest(ann: User, bob: User, relay: Relay) -> Iterator[View]:
     bob.find("button", "Use it here").appears()
     yield "second tab", bob
     bob.use_tab(0)
+    bob.find("list", "Rooms").find("link", re.compile("Harbour")).click()
+    is_in(bob, "Harbour")
     passphrases(bob, "Set passphrase", next="four words are better", again="four words are better")
     bob.click("button", "Settings")
     bob.click("button", "Lock now")
     bob.find("button", "Unlock").appears()
     yield "locked", bob
-    for user in (ann, bob):
-        user.excuse()
     relay.kill()
     ann.find("button", "Try now").appears()
     yield "offline", ann
+    (relay.state / zsr.IDENTITY_KEY).unlink()
+    relay.start()
+    ann.click("button", "Rooms")
+    ann.find("list", "Rooms").find("link", re.compile("Harbour")).click()
+    ann.css("#notes").says("Warning: this relay has a new key.")
+    yield "an alarm", ann
 
 
 AXE = "node_modules/axe-core/axe.min.js"
@@ -18689,20 +18838,21 @@ def test_axe_finds_nothing_in_any_view_and_zoom_and_spacing_cut_nothing(
     arrive: Arrive, relay: Relay, media: Media, engine: str
 ) -> None:
     """1280 pixels at 400 % are 320 wide (WCAG 1.4.10); the spacing is that of 1.4.12."""
-    ann, bob = arrive(engine), arrive(engine, PHONE)
+    ann, bob, cem = arrive(engine), arrive(engine, PHONE), arrive(engine, PHONE)
     seen, found = [], {}
-    for view, user in tour(ann, bob, relay, media):
+    for view, user in tour(ann, bob, cem, relay, media):
         seen.append(view)
-        found[view, "axe"] = axe_finds(user)
+        found[f"{view}, axe"] = axe_finds(user)
         size = user.js("[innerWidth, innerHeight]")
         user.js(SPACED_SCRIPT)
         for zoomed in ((640, 400), (320, 600)):
             user.size(*zoomed)
-            found[view, str(zoomed)] = user.js(OVERFLOW_SCRIPT) + user.js(CUT_SCRIPT)
+            found[f"{view}, {zoomed}"] = user.js(OVERFLOW_SCRIPT) + user.js(CUT_SCRIPT)
         user.js("void (document.adoptedStyleSheets = [])")
         user.size(*size)
-    assert len(seen) > 15
-    assert {view: finds for view, finds in found.items() if finds} == {}
+    assert len(seen) > 40
+    faults = {view: finds for view, finds in found.items() if finds}
+    assert not faults, json.dumps(faults, indent=1)
 
 
 @on_engines("chromium")
