@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=bb5319f5345384ef9a27fdea341a694898d152265cbea4e45bd6b04880676a74
-  SHA256_PAGE=b7a011f4df042c67db7115cc0e268f52ebb671755aa93ea458ab2a8024509cf2
+  SHA256_PAGE=19d35ff7762cb76f2a0f7b64a211ceed4ca3e463a77f89332bc4657d628a339e
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
