@@ -7757,6 +7757,10 @@ class Laboratory:
     def room(self, name: str) -> Any:
         return self.model(name)["room"]
 
+    def member(self, who: str, name: str) -> Any:
+        """A member as somebody sees it."""
+        return next(m for m in self.room(who)["members"] if m["name"] == name)
+
     def texts(self, name: str) -> list[str]:
         return [m["text"] for m in self.room(name)["messages"] if m["kind"] == "text"]
 
@@ -8059,12 +8063,6 @@ class TestDevices:
 
 
 class TestMembership:
-    def member(self, lab: Laboratory, who: str, name: str) -> Any:
-        return next(m for m in lab.room(who)["members"] if m["name"] == name)
-
-    def id(self, lab: Laboratory, who: str, name: str) -> str:
-        return str(self.member(lab, who, name)["id"])
-
     def kinds(self, lab: Laboratory, who: str) -> list[tuple[str, str, str]]:
         rows = lab.room(who)["messages"]
         return [(m["kind"], m["author"], m["text"]) for m in rows if m["kind"] in ("gone", "left", "admin", "plain")]
@@ -8073,7 +8071,7 @@ class TestMembership:
         room, (ana, bob, cleo) = room_of_three(lab)
         lab.do(ana, "send", text="before")
         lab.settle(6)
-        lab.do(ana, "remove", member=self.id(lab, ana, bob))
+        lab.do(ana, "remove", member=lab.member(ana, bob)["id"])
         lab.do(cleo, "send", text="at the same time")
         lab.settle(12)
         assert lab.room(bob)["state"] == "removed"
@@ -8114,8 +8112,8 @@ class TestMembership:
     def test_a_removal_survives_the_admins_crash_and_a_relay_that_forgets(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
         lab.cut(ana)
-        lab.do(ana, "remove", member=self.id(lab, ana, bob))
-        assert self.member(lab, ana, bob)["removing"]
+        lab.do(ana, "remove", member=lab.member(ana, bob)["id"])
+        assert lab.member(ana, bob)["removing"]
         lab.crash(ana)
         lab.kill()
         lab.settle(20)
@@ -8132,7 +8130,7 @@ class TestMembership:
         lab = Laboratory(clients, evidence=1)
         room, (ana, bob, cleo) = room_of_three(lab)
         for name in (bob, cleo):
-            lab.do(ana, "remove", member=self.id(lab, ana, name))
+            lab.do(ana, "remove", member=lab.member(ana, name)["id"])
             lab.settle(8)
         (dora,) = fresh("dora")
         lab.start(dora)
@@ -8152,7 +8150,7 @@ class TestMembership:
         lab.away(ana)
         lab.do(bob, "leaveRoom")
         lab.settle(4)
-        assert self.member(lab, cleo, bob)["removing"]
+        assert lab.member(cleo, bob)["removing"]
         assert [(n["text"], n["params"]["admins"]) for n in lab.room(bob)["notes"]] == [("leaving", ana)]
         lab.do(cleo, "send", text="he goes")  # sealed to nobody before he is out
         lab.settle(4)
@@ -8195,7 +8193,7 @@ class TestMembership:
         self, lab: Laboratory
     ) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         for name in (ana, bob):
             lab.do(name, "leaveRoom")
@@ -8206,7 +8204,7 @@ class TestMembership:
         lab.kill()
         lab.settle(12)
         assert "who is left?" in lab.texts(ana)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, cleo))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, cleo)["id"])
         lab.settle(12)
         assert lab.room(ana)["state"] == "left"
         lab.do(cleo, "send", text="I am")
@@ -8231,7 +8229,7 @@ class TestMembership:
         lab.do(bob, "send", text="me too")
         lab.settle(4)
         lab.join(ana, cleo)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, cleo))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, cleo)["id"])
         lab.settle(8)
         lab.away(ana)
         lab.linked(bob, laptop, room, seconds=20)
@@ -8252,7 +8250,7 @@ class TestMembership:
             lab.do(name, "send", text="before Cleo")
             lab.settle(4)
         lab.join(ana, cleo)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, cleo))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, cleo)["id"])
         lab.settle(8)
         lab.away(cleo)
         link = lab.do(bob, "linkDevice", rooms=[room])["link"]
@@ -8289,7 +8287,7 @@ class TestMembership:
         (laptop,) = fresh("laptop")
         lab.start(laptop)
         lab.linked(ana, laptop, room)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         for name in (ana, bob):
             lab.do(name, "leaveRoom")
@@ -8301,13 +8299,13 @@ class TestMembership:
         lab.settle(8)
         agree(lab, room, [ana, laptop, cleo], ["from the laptop"])
         assert lab.state(laptop, room)["outbox"] == []
-        lab.do(laptop, "makeAdmin", member=self.id(lab, laptop, cleo))
+        lab.do(laptop, "makeAdmin", member=lab.member(laptop, cleo)["id"])
         lab.settle(12)
         assert [lab.room(name)["state"] for name in (ana, laptop, cleo)] == ["left", "left", "member"]
 
     def test_a_newcomer_whose_coming_lost_a_race_is_brought_in_again(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         (dora,) = fresh("dora")
         lab.start(dora)
@@ -8329,7 +8327,7 @@ class TestMembership:
         room, (ana, bob, cleo) = room_of_three(lab)
         (laptop,) = fresh("laptop")
         lab.start(laptop)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         lab.away(bob)
         lab.linked(ana, laptop, room)
@@ -8347,7 +8345,7 @@ class TestMembership:
         room = lab.create(ana)
         lab.join(ana, bob)
         lab.away(bob)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(12)
         lab.do(ana, "rotate")
         lab.settle(12)
@@ -8414,7 +8412,7 @@ class TestMembership:
         lab.settle(12)
         assert [lab.room(name)["state"] for name in (ana, bob)] == ["member", "member"]
         assert [note["text"] for note in lab.room(ana)["notes"]] == ["stays"]
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(12)
         assert [lab.room(name)["state"] for name in (ana, bob)] == ["left", "member"]
 
@@ -8425,10 +8423,10 @@ class TestMembership:
         dora, erin = fresh("dora", "erin")
         lab.start(dora, erin)
         lab.do(ana, "policy", history=2)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         lab.node.call("Lab.mute", ana, True)
-        lab.do(ana, "remove", member=self.id(lab, ana, bob))
+        lab.do(ana, "remove", member=lab.member(ana, bob)["id"])
         lab.away(ana)  # its commit is on its disk and has not left
         lab.join(bob, dora)
         lab.do(dora, "send", text="hello from Dora")
@@ -8450,7 +8448,7 @@ class TestMembership:
         lab = Stage(clients)
         _, (ana, bob, _) = room_of_three(lab)
         lab.do(ana, "policy", joins=1)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         (dora,) = fresh("dora")
         lab.start(dora)
@@ -8459,7 +8457,7 @@ class TestMembership:
         lab.settle(4)
         assert lab.model(dora)["invited"]["state"] == "waiting"
         lab.lie = lambda name, frames: [] if name == dora else frames
-        lab.do(ana, "unmakeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "unmakeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         lab.lie = None
         lab.kill()
@@ -8468,20 +8466,20 @@ class TestMembership:
 
     def test_admins_are_made_and_unmade_by_the_creator_alone(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
-        assert not self.member(lab, bob, cleo)["may"]["promote"]
+        assert not lab.member(bob, cleo)["may"]["promote"]
         with pytest.raises(Refused, match="not-creator"):
-            lab.do(bob, "makeAdmin", member=self.id(lab, bob, cleo))
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+            lab.do(bob, "makeAdmin", member=lab.member(bob, cleo)["id"])
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
-        assert [self.member(lab, cleo, name)["admin"] for name in (ana, bob, cleo)] == [True, True, False]
+        assert [lab.member(cleo, name)["admin"] for name in (ana, bob, cleo)] == [True, True, False]
         (dora,) = fresh("dora")
         lab.start(dora)
         lab.join(bob, dora)
-        assert not self.member(lab, bob, ana)["may"]["remove"], "a senior admin is not a junior's to remove"
+        assert not lab.member(bob, ana)["may"]["remove"], "a senior admin is not a junior's to remove"
         link = lab.invite(bob)
-        lab.do(ana, "unmakeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "unmakeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
-        assert [self.member(lab, cleo, name)["admin"] for name in (ana, bob, cleo)] == [True, False, False]
+        assert [lab.member(cleo, name)["admin"] for name in (ana, bob, cleo)] == [True, False, False]
         (eve,) = fresh("eve")
         lab.start(eve)
         lab.follow(link, eve)
@@ -8493,7 +8491,7 @@ class TestMembership:
         assert lab.room(ana)["lastAdmin"]
         with pytest.raises(Refused, match="last-admin"):
             lab.do(ana, "leaveRoom")
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         lab.do(ana, "leaveRoom")
         lab.settle(12)
@@ -8509,7 +8507,7 @@ class TestMembership:
 
     def test_who_was_away_learns_of_a_senior_admins_leaving_after_a_relay_restart(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
-        lab.do(ana, "makeAdmin", member=self.id(lab, ana, bob))
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
         lab.settle(8)
         lab.away(cleo)
         lab.do(ana, "leaveRoom")
@@ -8539,7 +8537,7 @@ class TestMembership:
         lab.start(ana)
         lab.settle(12)
         assert (lab.texts(bob), lab.texts(phone)) == (["not for the thief"], [])
-        assert self.member(lab, cleo, bob)["devices"] == 1
+        assert lab.member(cleo, bob)["devices"] == 1
         agree(lab, room, [ana, bob, cleo], ["not for the thief"])
 
     def test_the_creators_second_device_rules_when_the_first_is_lost(self, lab: Laboratory) -> None:
@@ -8554,10 +8552,10 @@ class TestMembership:
         (first,) = [d["dev"] for d in lab.room(laptop)["devices"] if not d["you"]]
         lab.do(laptop, "removeDevice", dev=first)
         lab.settle(12)
-        assert self.member(lab, bob, ana)["devices"] == 1
-        lab.do(laptop, "makeAdmin", member=self.id(lab, laptop, bob))
+        assert lab.member(bob, ana)["devices"] == 1
+        lab.do(laptop, "makeAdmin", member=lab.member(laptop, bob)["id"])
         lab.settle(12)
-        assert self.member(lab, cleo, bob)["admin"]
+        assert lab.member(cleo, bob)["admin"]
         agree(lab, room, [laptop, bob, cleo], [])
 
     def test_rules_are_changed_by_the_creator_and_hold(self, lab: Laboratory) -> None:
@@ -8655,18 +8653,18 @@ class TestMembership:
 
     def test_two_people_compare_numbers_and_a_changed_one_is_refused(self, lab: Laboratory) -> None:
         _, (ana, bob, cleo) = room_of_three(lab)
-        mine = lab.do(ana, "safety", member=self.id(lab, ana, bob))
-        theirs = lab.do(bob, "safety", member=self.id(lab, bob, ana))
+        mine = lab.do(ana, "safety", member=lab.member(ana, bob)["id"])
+        theirs = lab.do(bob, "safety", member=lab.member(bob, ana)["id"])
         assert (mine, len(mine["groups"])) == (theirs, 12)
-        assert mine != lab.do(ana, "safety", member=self.id(lab, ana, cleo))
+        assert mine != lab.do(ana, "safety", member=lab.member(ana, cleo)["id"])
         assert mine["code"] == "ZSR1 " + "".join(mine["groups"])
         assert lab.do(ana, "safety", member="") == lab.do(cleo, "safety", member="")
         with pytest.raises(Refused, match="mismatch"):
-            lab.do(ana, "verify", member=self.id(lab, ana, bob), number="1" * 30)
-        assert not self.member(lab, ana, bob)["verified"]
-        lab.do(ana, "verify", member=self.id(lab, ana, bob), number=theirs["code"])
+            lab.do(ana, "verify", member=lab.member(ana, bob)["id"], number="1" * 30)
+        assert not lab.member(ana, bob)["verified"]
+        lab.do(ana, "verify", member=lab.member(ana, bob)["id"], number=theirs["code"])
         lab.crash(ana)
-        assert [self.member(lab, ana, name)["verified"] for name in (bob, cleo)] == [True, False]
+        assert [lab.member(ana, name)["verified"] for name in (bob, cleo)] == [True, False]
 
     def test_stale_keys_are_told_and_then_nothing_is_sealed_with_them(self, clients: Node) -> None:
         lab = Laboratory(clients, rotation_seconds=1e6)  # this relay takes one change of keys, and never another
@@ -9935,6 +9933,17 @@ def sent_file(lab: Freight, segments: int, people: int = 3) -> tuple[list[str], 
     content = lab.dice.randbytes((segments - 1) * (SEGMENT_BYTES - 16) + 100)
     lab.do(names[0], "files", files=[{"name": "a.bin", "type": "", "bytes": content}])
     return names, content
+
+
+def test_who_was_removed_is_not_offered_what_is_not_to_be_had(freight: Freight) -> None:
+    (ana, bob, cleo), content = sent_file(freight, 15)
+    freight.until(lambda: bob in [name for name, _ in freight.came])
+    freight.do(bob, "pause", file=freight.file(bob)["id"])
+    freight.do(ana, "remove", member=freight.member(ana, bob)["id"])
+    freight.settle(15)
+    assert freight.room(bob)["state"] == "removed"
+    assert (freight.file(bob)["state"], freight.file(bob)["why"]) == ("failed", "outside")
+    freight.has(content, ana, cleo)
 
 
 @pytest.mark.parametrize("how", ["sender's socket", "receiver's socket", "receiver's page", "sender's page", "relay"])
@@ -12173,8 +12182,7 @@ def test_what_nobody_holds_any_more_of_who_has_left_is_not_held_back(stage: Stag
     stage.do(ana, "policy", history=2)
     stage.settle(4)
     stage.join(ana, dora)
-    (of_bob,) = (m["id"] for m in stage.room(ana)["members"] if m["name"] == bob)
-    stage.do(ana, "makeAdmin", member=of_bob)
+    stage.do(ana, "makeAdmin", member=stage.member(ana, bob)["id"])
     stage.settle(4)
     stage.do(ana, "leaveRoom")
     stage.settle(8)
@@ -12938,8 +12946,7 @@ class TestRelink:
             assert (shown["state"], [note["text"] for note in shown["notes"]]) == ("removed", ["unlinked"])
             assert "heard" not in safe.texts(who)
         if mover == "creator":
-            (bobs,) = [m["id"] for m in safe.room(new)["members"] if m["name"] == bob]
-            safe.do(new, "makeAdmin", member=bobs)
+            safe.do(new, "makeAdmin", member=safe.member(new, bob)["id"])
             safe.settle(10)
             assert safe.room(bob)["me"]["admin"]
 
@@ -17933,11 +17940,14 @@ def deletes_the_room(user: User) -> None:
 
 
 @on_engines()
-def test_story_a_friend_is_removed(arrive: Arrive, relay: Relay, engine: str) -> None:
+def test_story_a_friend_is_removed(arrive: Arrive, relay: Relay, media: Media, engine: str) -> None:
     """Who is removed is told at once and keeps what was there; the others talk on; the name alone lets nobody back."""
     ann, bob = meet(arrive, relay, engine)
     cem, other = arrive(engine, PHONE), arrive(engine, PHONE)
     join_by(cem, make_link(ann), "Cem")
+    cem.js("localStorage.setItem('zsr.fetch', '0')")
+    ann.upload(media["notes.txt"])
+    cem.find("button", "Download notes.txt").appears()
     write(ann, "line 1")
     hears(bob, "line 1")
     write(cem, "line 2")
@@ -17949,6 +17959,8 @@ def test_story_a_friend_is_removed(arrive: Arrive, relay: Relay, engine: str) ->
     assert "Cem gets nothing that is written after" in answer(ann, "Remove Cem", "Remove from the room")
     shows(cem, "You were removed from this room.")
     cem.find("textbox", "Message").vanishes()
+    cem.find("button", "Download notes.txt").vanishes()
+    assert "Only members can send and get files." in article(cem, "notes.txt")
     assert "asked to leave" not in cem.text_of_page()
     for user in (ann, bob):
         shows(user, "Ann removed Cem.")
