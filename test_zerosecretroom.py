@@ -8086,6 +8086,22 @@ class TestMembership:
         with pytest.raises(Refused, match="unlisted"):
             lab.do(bob, "send", text="let me in")
 
+    def test_a_rotation_that_comes_too_early_keeps_nobody_waiting(self, lab: Laboratory) -> None:
+        """Seen to fail without: Epochs.rejected."""
+        ana, bob = fresh("ana", "bob")
+        lab.start(ana, bob)
+        room = lab.create(ana)
+        for _ in range(2):
+            lab.do(ana, "rotate")
+            lab.settle(1)
+        lab.follow(lab.invite(ana), bob, seconds=2)
+        assert lab.model(bob)["at"] == "room"
+        lab.do(ana, "rotate")
+        lab.settle(1)
+        before = lab.state(ana, room)["epoch"]
+        lab.settle(12)
+        assert lab.state(ana, room)["epoch"] == before + 1, "it comes later"
+
     def test_a_link_asked_for_before_the_relay_answered_waits_for_it_and_names_it(self, lab: Laboratory) -> None:
         ana, bob = fresh("ana", "bob")
         lab.start(ana, bob)
@@ -17939,15 +17955,20 @@ def deletes_the_room(user: User) -> None:
     assert "Harbour" not in user.text_of_page()
 
 
+def leaves_there(user: User, sender: User, path: Path) -> None:
+    """Somebody fetches nothing unasked, and so not this file either."""
+    user.js("localStorage.setItem('zsr.fetch', '0')")
+    sender.upload(path)
+    user.find("button", f"Download {path.name}").appears()
+
+
 @on_engines()
 def test_story_a_friend_is_removed(arrive: Arrive, relay: Relay, media: Media, engine: str) -> None:
     """Who is removed is told at once and keeps what was there; the others talk on; the name alone lets nobody back."""
     ann, bob = meet(arrive, relay, engine)
     cem, other = arrive(engine, PHONE), arrive(engine, PHONE)
     join_by(cem, make_link(ann), "Cem")
-    cem.js("localStorage.setItem('zsr.fetch', '0')")
-    ann.upload(media["notes.txt"])
-    cem.find("button", "Download notes.txt").appears()
+    leaves_there(cem, ann, media["notes.txt"])
     write(ann, "line 1")
     hears(bob, "line 1")
     write(cem, "line 2")
