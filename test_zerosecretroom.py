@@ -71,6 +71,7 @@ import tracemalloc
 import urllib.error
 import urllib.request
 import uuid
+import wave
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8602,6 +8603,9 @@ class TestMembership:
         assert lab.state(ana, room)["epoch"] == epoch + 1
         lab.do(ana, "policy", who=1)
         lab.settle(14)
+        for name in (ana, bob, cleo):
+            shown = [m["author"] for m in lab.room(name)["messages"] if m["kind"] == "rotated"]
+            assert shown == [bob], "told once, and nothing of the new rules"
         assert not lab.room(bob)["me"]["rotates"]
         with pytest.raises(Refused, match="not-admin"):
             lab.do(bob, "rotate")
@@ -17372,6 +17376,34 @@ def test_a_voice_note_is_recorded_while_the_button_is_held(arrive: Arrive, relay
     assert bob.js("document.querySelectorAll('audio').length") == 1, "the one let go elsewhere was not sent"
 
 
+BARS_SCRIPT = """([...document.querySelectorAll('.wave path')].map((e) =>
+  [...e.getAttribute('d').matchAll(/v([0-9.]+)/g)].map(([, height]) => Number(height) > 20 ? 1 : Number(height) < 6 ? 0 : height)))"""
+
+
+def silence_and_tone(path: Path) -> Path:
+    """A second of each."""
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(bytes(32_000) + struct.pack("<16h", *[16_000] * 8, *[-16_000] * 8) * 1000)
+    return path
+
+
+@on_engines()
+def test_a_sound_is_drawn_as_loud_as_it_is_and_as_far_as_it_was_played(
+    arrive: Arrive, relay: Relay, tmp_path: Path, engine: str
+) -> None:
+    ann = arrive(engine)
+    make_room(ann, relay)
+    ann.upload(silence_and_tone(tmp_path / "whistle.wav"))
+    eventually(lambda: re.search(r"0:02 · 64\s*kB", article(ann, "whistle.wav")), "it says how long it is")
+    low, high = [0] * 24, [1] * 24
+    eventually(lambda: ann.js(BARS_SCRIPT) == [[], low + high], "each part is as high as it is loud")
+    ann.css("audio").js("(e) => { e.currentTime = 1.5; }")
+    eventually(lambda: ann.js(BARS_SCRIPT) == [low + high[12:], high[12:]], "three quarters were played")
+
+
 EVIL = "<script>window.pwned = 1</script><svg xmlns='http://www.w3.org/2000/svg' onload='window.pwned = 1'/>"
 EVIL_NAMES = (
     "page.html",
@@ -18077,6 +18109,7 @@ def test_story_two_weeks_away(arrive: Arrive, relay: Relay, engine: str) -> None
     for number in (3, 4):
         side(ann, "Settings").find("button", "Rotate keys now").click()
         ann.find("dialog", "Settings").says("The keys change now.")
+        shows(bob, "Keys rotated.")
         write(bob, f"line {number}")
         hears(ann, f"line {number}")
     close_side(ann, "Settings")
