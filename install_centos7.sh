@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=bb5319f5345384ef9a27fdea341a694898d152265cbea4e45bd6b04880676a74
-  SHA256_PAGE=0c7a4744287cc9f1105866fd4b5a8bb2da20904c0781e10b8a0bc8d1b7e1df9a
+  SHA256_PAGE=6298a348be1d6840925c195f117ba81a05da643f651fd77d14dbd4f70460d66c
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

@@ -17376,6 +17376,30 @@ def test_a_voice_note_is_recorded_while_the_button_is_held(arrive: Arrive, relay
     assert bob.js("document.querySelectorAll('audio').length") == 1, "the one let go elsewhere was not sent"
 
 
+ROWS_SCRIPT = """[...document.querySelectorAll('.shot')].map((e) => e.getBoundingClientRect()).map(({top, width}) =>
+  [Math.round(top), Math.round(width)])"""
+
+
+@pytest.mark.parametrize("size", [PHONE, LAPTOP], ids=["phone", "laptop"])
+@on_engines()
+def test_photos_of_one_run_stand_in_rows_and_an_odd_one_takes_a_whole_one(
+    arrive: Arrive, relay: Relay, media: Media, engine: str, size: tuple[int, int]
+) -> None:
+    ann = arrive(engine, size)
+    make_room(ann, relay)
+    ann.upload(*[media[name] for name in PICTURES[:3]])
+    for name in PICTURES[:3]:
+        has_file(ann, name)
+    for text in ("", "and one more thing", "or two"):  # whatever is drawn again later
+        if text:
+            write(ann, text)
+            hears(ann, text)
+        (first, width), (second, width_2), (third, whole) = ann.js(ROWS_SCRIPT)
+        assert first == second < third, text
+        assert width == width_2, text
+        assert whole > 2 * width, text
+
+
 BARS_SCRIPT = """([...document.querySelectorAll('.wave path')].map((e) =>
   [...e.getAttribute('d').matchAll(/v([0-9.]+)/g)].map(([, height]) => Number(height) > 20 ? 1 : Number(height) < 6 ? 0 : height)))"""
 
