@@ -7504,7 +7504,7 @@ const Lab = (() => {
     const {s, view} = clients.get(name).session.rooms.get(id);
     return {head: s.head?.ch ?? '', target: s.target?.ch ?? '', pending: s.pending?.unit.ch ?? '', epoch: s.head?.epoch ?? -1, asks: [...s.asks.keys()],
       leaves: [...s.leaves].map(([d, l]) => [d, l.no]), outbox: [...s.outbox.keys()], lacking: [...s.lacking.keys()], alarms: s.alarms, lost: s.lost, split: s.split,
-      devices: [...(s.head?.devices.keys() ?? [])], next: s.nextI, view: view.state, dev: s.dev, authors: [...s.authors].map(([d, a]) => [d, a.top, [...a.ahead.keys()]])};
+      devices: [...(s.head?.devices.keys() ?? [])], next: s.nextI, view: view.state, met: view.met.size, dev: s.dev, authors: [...s.authors].map(([d, a]) => [d, a.top, [...a.ahead.keys()]])};
   };
   const left = async (name) => [...clients.get(name).lines.keys(), ...await clients.get(name).session.store.metas('room:')];
   const stored = async (name, id) => (await clients.get(name).session.store.events(id, {before: null, limit: 100000})).map((e) => [e.lam, e.dev, e.i,
@@ -8086,6 +8086,22 @@ class TestMembership:
         assert self.kinds(lab, cleo) == self.kinds(lab, ana) == [("gone", ana, bob)]
         with pytest.raises(Refused, match="unlisted"):
             lab.do(bob, "send", text="let me in")
+
+    def test_when_somebody_was_seen_last_is_known_after_a_reload_too(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.settle(600)
+        gone = lab.wall
+        lab.away(bob)
+        lab.settle(1000)
+        assert [lab.member(name, bob)["seen"] - gone for name in (ana, cleo)] == [0, 0]
+        lab.crash(ana)
+        lab.settle(5)
+        assert lab.member(ana, bob)["seen"] == gone
+        lab.do(ana, "remove", member=lab.member(ana, bob)["id"])
+        lab.settle(15)
+        lab.away(cleo)
+        lab.settle(1)
+        assert lab.state(ana, room)["met"] == 1, "who is listed no more is forgotten"
 
     def test_a_rotation_that_comes_too_early_keeps_nobody_waiting(self, lab: Laboratory) -> None:
         """Seen to fail without: Epochs.rejected."""
@@ -16655,7 +16671,7 @@ def test_everybody_sees_who_is_there_and_who_has_a_message(arrive: Arrive, relay
     eventually(lambda: "Bob is typing" in ann.css("body").text(), "Bob is seen typing")
     bob.close()
     ann.click("button", "Members")
-    eventually(lambda: people.text().count("Offline") == 1, "Bob has gone")
+    eventually(lambda: re.search("Offline, last seen [0-9]", people.text()), "Bob has gone")
 
 
 @on_engines("firefox")
