@@ -17114,6 +17114,28 @@ def test_files_of_every_kind_arrive_with_their_bytes(arrive: Arrive, relay: Rela
         assert save(bob, name) == Saved(name, "application/octet-stream", sha256(media[name].read_bytes())), name
 
 
+@on_engines()
+def test_files_go_to_the_room_that_was_open_when_they_were_chosen(
+    arrive: Arrive, relay: Relay, media: Media, engine: str
+) -> None:
+    """Seen to fail without: the room in Composer.deliver."""
+    ann = arrive(engine)
+    make_room(ann, relay)
+    ann.click("button", "New room")
+    make_room(ann, relay, "Garden")
+    ann.js("window.createImageBitmap = () => new Promise((go) => { window.goOn = () => go(new ImageData(2, 2)); }), 0")
+    ann.upload(media["photo.jpg"])
+    ann.wait("!!window.goOn")
+    rooms = ann.find("list", "Rooms")
+    rooms.find("link", re.compile("Harbour")).click()
+    ann.find("heading", "Harbour", level=1).appears()
+    ann.js("goOn()")
+    eventually(lambda: "photo.jpg" in rooms.find("link", re.compile("Garden")).text(), "it is in the other room")
+    assert not ann.find("button", "Download photo.jpg").count()
+    rooms.find("link", re.compile("Garden")).click()
+    has_file(ann, "photo.jpg")
+
+
 @on_engines("chromium")
 def test_a_saved_file_reaches_the_disk(arrive: Arrive, relay: Relay, media: Media, engine: str) -> None:
     ann, bob = meet(arrive, relay, engine)
