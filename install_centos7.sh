@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=bb5319f5345384ef9a27fdea341a694898d152265cbea4e45bd6b04880676a74
-  SHA256_PAGE=b2c54f07108a94b8f96b91c29731d5bb52186332a369c13ec5abebfc2f4637b7
+  SHA256_PAGE=9a64bbe751695324c0b65d9cc28b54b205d17b17a9dddd50c94b875247f1e146
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

@@ -16732,6 +16732,42 @@ def test_everybody_sees_who_is_there_and_who_has_a_message(arrive: Arrive, relay
     eventually(lambda: re.search("Offline, last seen [0-9]", people.text()), "Bob has gone")
 
 
+@on_engines()
+def test_who_asked_waits_on_whatever_is_opened_meanwhile(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """One request a person: the same link again, and another one, lead to the one that waits, and so does the list."""
+    ann, zoe = arrive(engine), arrive(engine, PHONE)
+    make_room(ann, relay)
+    links, home = (make_link(ann), make_link(ann)), ann.js("location.href")
+    ann.goto("about:blank")
+    ask_in(zoe, links[0], "Zoe")
+    shows(zoe, "Waiting for an admin")
+    print_ = zoe.css("#invited-print").text()
+    zoe.reload()
+    zoe.find("list", "Rooms").says("Waiting to be let in")
+    zoe.find("list", "Rooms").find("link").click()
+    for link in (None, *links):
+        if link:
+            zoe.goto("about:blank")
+            zoe.goto(link)
+        shows(zoe, "Waiting for an admin")
+        assert zoe.css("#invited-print").text() == print_
+    ann.goto(home)
+    zoe.find("heading", "Harbour", level=1).appears()
+    people = people_of(ann)
+    eventually(lambda: people.text().count("Online") == 2, "both are here")
+    assert people.text().count("Zoe") == 1
+
+
+@on_engines("firefox")
+def test_who_was_in_a_room_is_told_what_joining_again_means(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = meet(arrive, relay, engine)
+    side(bob, "Settings").find("button", "Leave room").click()
+    answer(bob, "Leave Harbour", "Leave")
+    close_side(bob, "Settings")
+    bob.goto(make_link(ann))
+    shows(bob, "what this device kept of it is deleted")
+
+
 @on_engines("firefox")
 def test_a_link_works_once(arrive: Arrive, relay: Relay, engine: str) -> None:
     ann, bob, cem = arrive(engine), arrive(engine, PHONE), arrive(engine, PHONE)
@@ -16955,6 +16991,34 @@ def finger(spot: Spot, *moves: int) -> None:
         " isPrimary: true, pointerId: 7, clientX: 50 + x, clientY: 50})); fire('pointerdown', 0);"
         f" for (const x of {list(moves)}) fire('pointermove', x); if ({len(moves)}) fire('pointerup', 0); }}"
     )
+
+
+@on_engines()
+def test_what_is_answered_may_go_and_an_edit_is_not_delivered_before_it_is(
+    arrive: Arrive, relay: Relay, engine: str
+) -> None:
+    """Seen to fail without: Composer.lose; `last` in Face.row."""
+    ann, bob = meet(arrive, relay, engine)
+    write(ann, "soon gone")
+    hears(bob, "soon gone")
+    act(bob, "soon gone", "Reply")
+    bob.find("textbox", "Message").fill("an answer")
+    bob.css("#about").says("Reply to Ann: soon gone")
+    act(ann, "soon gone", "Delete")
+    bob.css("#about").vanishes()
+    bob.find("textbox", "Message").press("Enter")
+    hears(ann, "an answer")
+    is_delivered(bob, "an answer")
+    bob.excuse()
+    ann.excuse()
+    relay.kill()
+    act(bob, "an answer", "Edit")
+    bob.find("textbox", "Message").fill("a better one")
+    bob.find("textbox", "Message").press("Enter")
+    eventually(lambda: "Sending" in article(bob, "a better one"), "it waits")
+    relay.start()
+    hears(ann, "a better one")
+    is_delivered(bob, "a better one")
 
 
 def answer_and_react(ann: User, bob: User) -> None:
