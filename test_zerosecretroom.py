@@ -16743,6 +16743,8 @@ def test_who_asked_waits_on_whatever_is_opened_meanwhile(arrive: Arrive, relay: 
     shows(zoe, "Waiting for an admin")
     print_ = zoe.css("#invited-print").text()
     zoe.reload()
+    shows(zoe, "Waiting for an admin")
+    zoe.click("button", "To the start")
     zoe.find("list", "Rooms").says("Waiting to be let in")
     zoe.find("list", "Rooms").find("link").click()
     for link in (None, *links):
@@ -16756,6 +16758,21 @@ def test_who_asked_waits_on_whatever_is_opened_meanwhile(arrive: Arrive, relay: 
     people = people_of(ann)
     eventually(lambda: people.text().count("Online") == 2, "both are here")
     assert people.text().count("Zoe") == 1
+
+
+@on_engines()
+def test_an_invitation_outlives_a_reload_and_nothing_else(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann, bob = arrive(engine), arrive(engine, PHONE)
+    make_room(ann, relay)
+    bob.goto(make_link(ann))
+    for _ in range(2):
+        bob.find("heading", "You are invited").appears()
+        bob.reload()
+    bob.click("button", "To the start")
+    bob.find("button", "New room").appears()
+    bob.reload()
+    bob.find("button", "New room").appears()
+    assert bob.js("sessionStorage.length") == 0
 
 
 @on_engines("firefox")
