@@ -18211,6 +18211,20 @@ def digits_of(dialog: Spot) -> list[str]:
     return eventually(lambda: dialog.css("#digits").text().split(), "there is a number")
 
 
+@on_engines()
+def test_back_closes_what_is_open_before_it_leaves_the_room(arrive: Arrive, relay: Relay, engine: str) -> None:
+    ann = arrive(engine, PHONE)
+    make_room(ann, relay)
+    for name in ("Members", "Settings"):
+        side(ann, name)
+        ann.js("history.back()")
+        ann.find("dialog", name).vanishes()
+        ann.find("heading", "Harbour", level=1).appears()
+    ann.js("history.back()")
+    ann.find("list", "Rooms").appears()
+    ann.find("heading", "Harbour", level=1).vanishes()
+
+
 def deletes_the_room(user: User) -> None:
     dialog = side(user, "Settings")
     assert not dialog.find("button", "Leave room").count()
