@@ -7995,10 +7995,14 @@ class TestDevices:
             assert (note["text"], note["level"], note["action"]) == ("memberKey", "warn", "verify")
             assert note["params"] == {"name": ana, "member": mine["me"]["member"]}
         assert lab.room(ana)["notes"] == mine["notes"] == []
+        lab.cut(cleo)
         lab.do(laptop, "send", text="from the laptop")
         lab.do(laptop, "rename", name="Anna")
+        lab.drain()
+        assert [lab.room(name)["messages"][-1]["state"] for name in (ana, laptop)] == ["sent", "sent"]
         lab.settle(10)
         agree(lab, room, [ana, bob, cleo, laptop], [*said, "from the laptop"])
+        assert [lab.room(name)["messages"][-1]["state"] for name in (ana, laptop)] == ["delivered", "delivered"]
         assert lab.room(ana)["me"]["name"] == lab.room(laptop)["me"]["name"] == "Anna"
 
     def test_a_members_laptop_waits_for_an_admin_over_all_restarts(self, lab: Laboratory) -> None:
@@ -17416,23 +17420,21 @@ def test_a_file_that_was_not_sent_is_no_matter_of_who_is_out(arrive: Arrive, rel
 
 
 @on_engines("chromium", "firefox")
-@pytest.mark.parametrize("width", [900, 1000, 1280])
-def test_no_menu_of_a_message_is_cut_off(arrive: Arrive, relay: Relay, media: Media, engine: str, width: int) -> None:
+def test_no_menu_of_a_message_is_cut_off(arrive: Arrive, relay: Relay, media: Media, engine: str) -> None:
     """Seen to fail without: the class `in` in Menu.show."""
     ann, bob = meet(arrive, relay, engine)
-    ann.size(width, 800)
     write(bob, "hi")
     hears(ann, "hi")
     ann.upload(*[media[name] for name in PICTURES[:3]])
     for name in PICTURES[:3]:
         has_file(ann, name)
-    for number in range(4):
+    for width, number in itertools.product((900, 1000, 1280), range(4)):
+        ann.size(width, 800)
         ann.css(".more").nth(number).js("(e) => e.click()")
-        left, right = ann.css(".menu[role=menu]").js(
-            "(e) => [e.getBoundingClientRect().left, e.getBoundingClientRect().right]"
-        )
+        box = "(e) => [e.getBoundingClientRect().left, e.getBoundingClientRect().right]"
+        left, right = ann.css(".menu[role=menu]").js(box)
         edge = ann.js("document.getElementById('log').getBoundingClientRect().left")
-        assert edge <= left < right <= width, number
+        assert edge <= left < right <= width, (width, number)
         ann.press("Escape")
 
 
@@ -17589,17 +17591,17 @@ ROWS_SCRIPT = """[...document.querySelectorAll('.shot')].map((e) => e.getBoundin
   [Math.round(top), Math.round(width)])"""
 
 
-@pytest.mark.parametrize("size", [PHONE, LAPTOP], ids=["phone", "laptop"])
 @on_engines()
 def test_photos_of_one_run_stand_in_rows_and_an_odd_one_takes_a_whole_one(
-    arrive: Arrive, relay: Relay, media: Media, engine: str, size: tuple[int, int]
+    arrive: Arrive, relay: Relay, media: Media, engine: str
 ) -> None:
-    ann = arrive(engine, size)
+    ann = arrive(engine)
     make_room(ann, relay)
     ann.upload(*[media[name] for name in PICTURES[:3]])
     for name in PICTURES[:3]:
         has_file(ann, name)
-    for text in ("", "and one more thing", "or two"):  # whatever is drawn again later
+    for text, size in (("", LAPTOP), ("one more thing", LAPTOP), ("or two", PHONE)):  # whatever is drawn again later
+        ann.size(*size)
         if text:
             write(ann, text)
             hears(ann, text)
