@@ -8116,16 +8116,14 @@ class TestMembership:
         lab.away(bob)
         lab.settle(1000)
         assert [lab.member(name, bob)["seen"] - gone for name in (ana, cleo)] == [0, 0]
-        hidden = lab.wall
-        lab.do(ana, "hide")
-        lab.settle(1)
-        lab.away(ana)
-        lab.away(cleo)
-        lab.start(ana)
-        lab.settle(5)
-        assert [lab.member(ana, name)["seen"] for name in (bob, cleo)] == [gone, hidden]
+        cut = lab.wall
         lab.cut(ana)
-        assert lab.member(ana, cleo)["seen"] == 0, "who is offline itself cannot tell"
+        assert lab.member(ana, bob)["seen"] == 0, "who is offline itself cannot tell"
+        lab.away(cleo)
+        lab.settle(20)
+        lab.crash(ana)
+        lab.settle(5)
+        assert [lab.member(ana, name)["seen"] for name in (bob, cleo)] == [gone, cut]
         lab.start(cleo)
         lab.settle(20)
         lab.do(ana, "remove", member=lab.member(ana, bob)["id"])
