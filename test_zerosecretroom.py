@@ -17068,6 +17068,42 @@ def test_what_is_answered_may_go_and_an_edit_is_not_delivered_before_it_is(
     is_delivered(bob, "a better one")
 
 
+@on_engines("chromium")
+def test_an_answer_and_an_edit_wait_while_another_room_is_open(arrive: Arrive, relay: Relay, engine: str) -> None:
+    """Seen to fail without: Composer.stash; the complaint in Composer.send."""
+    ann = arrive(engine)
+    make_room(ann, relay)
+    write(ann, "ferry at nine")
+    ann.click("button", "New room")
+    make_room(ann, relay, "Garden")
+    rooms, box = ann.find("list", "Rooms"), ann.find("textbox", "Message")
+
+    def look_elsewhere() -> None:
+        for room in ("Garden", "Harbour"):
+            rooms.find("link", re.compile(room)).click()
+            ann.find("heading", room, level=1).appears()
+            ann.css("#about").vanishes() if room == "Garden" else ann.css("#about").appears()
+
+    rooms.find("link", re.compile("Harbour")).click()
+    act(ann, "ferry at nine", "Reply")
+    box.fill("too early")
+    look_elsewhere()
+    assert box.value() == "too early"
+    box.press("Enter")
+    eventually(lambda: "ferry at nine" in article(ann, "too early"), "it quotes what it answers")
+    act(ann, "too early", "Edit")
+    box.fill("")
+    box.press("Enter")
+    ann.find("alert").says("Nothing is left of the message. To take it back, delete it.")
+    box.fill("at ten")
+    look_elsewhere()
+    assert box.value() == "at ten"
+    box.press("Enter")
+    hears(ann, "at ten")
+    assert "edited" in article(ann, "at ten")
+    assert box.value() == ""
+
+
 def answer_and_react(ann: User, bob: User) -> None:
     said(bob, "ferry at nine").find("button", "More").click()
     items = [bob.find("menuitem").nth(n).text().strip() for n in range(bob.find("menuitem").count())]
@@ -18193,6 +18229,7 @@ def test_attack_37_of_two_tabs_one_works_and_nothing_is_signed_twice(arrive: Arr
     )
     other.click("button", "Use it here")
     other.find("list", "Rooms").find("link", re.compile("Harbour")).click()
+    ann.find("heading", "Your rooms are open in another tab").appears()
     ann.css("body").says("Your rooms were opened in another tab.")
     assert fault_of(ann, "send", text="no") == "locked"
     write(other, "line 60")
