@@ -37,8 +37,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=bb5319f5345384ef9a27fdea341a694898d152265cbea4e45bd6b04880676a74
-  SHA256_PAGE=3ef0a2190a7d7fe24461340f943a5cc377497d8a552e931ece49249f3c9b420d
+  SHA256_PROGRAM=11c1e4610f5ffe5d8e77ef3f22885257a78b0a767ec52d62e879f25009d6bfae
+  SHA256_PAGE=80fd2d4aac931e4ff9d87bde34ad04ea99c5906b3ea53548184bf07f8b18ef2f
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

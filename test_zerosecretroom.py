@@ -1918,6 +1918,8 @@ ATTACKS = {
     3: (
         "a_demoted_admins_roster_and_invites_are_dead",
         "a_demoted_admins_rosters_and_links_are_dead",
+        "who_was_an_admin_brings_in_nobody_as_somebody_else",
+        "what_an_admin_of_before_says_of_the_removed_is_not_kept",
     ),
     4: ("a_swapped_leaf_of_an_admin_ends_the_join",),
     5: ("a_forged_welcome_is_refused",),
@@ -2008,6 +2010,8 @@ ATTACKS = {
         "huge_counters_and_lamports_stop_nobody",
         "a_huge_vector_is_bounded_work",
         "leaves_of_strangers_are_not_kept",
+        "no_branch_uses_numbers_up",
+        "a_branch_far_ahead_in_numbers_is_refused",
     ),
     31: (
         "the_relay_signs_nothing_but_its_own_words",
@@ -2039,6 +2043,8 @@ ATTACKS = {
     ),
     40: ("memory_and_log_of_the_relay_hold_no_secret",),
     41: (
+        "devices_that_sponsor_each_other_are_nobodys",
+        "devices_that_sponsor_each_other_bring_in_nobody",
         "a_device_is_attached_only_by_its_members_word_and_its_own",
         "a_device_is_attached_by_its_members_word_and_its_own",
     ),
@@ -2049,6 +2055,8 @@ ATTACKS = {
     43: (
         "a_newcomer_gets_no_older_words_by_replay_or_by_asking",
         "what_waits_to_be_said_is_not_posted_where_a_newcomer_reads_it",
+        "an_entry_reads_from_where_it_was_let_in",
+        "an_admin_gives_itself_nothing_to_read_from_before",
     ),
     44: (
         "a_login_for_another_host_is_refused",
@@ -6139,14 +6147,59 @@ def test_attack_41_a_device_is_attached_only_by_its_members_word_and_its_own(des
     alone = entry(eve, b"e" * 16, member=home.ben.member)
     for attached in (by_cat, unwilling, alone):
         listing = next_roster(home, 2, [attached], spent=[used(b"e" * 16, eve)])
-        assert (
-            refused(
-                desk,
-                "ann",
-                zsr.UpCommit(1, commit(home.made, home.under, listing, home.ann, [*home.everyone, eve]).upload),
-            )
-            == "forged"
-        )
+        made = commit(home.made, home.under, listing, home.ann, [*home.everyone, eve])
+        assert refused(desk, "ann", zsr.UpCommit(1, made.upload)) == "forged"
+
+
+def circle(member: bytes, one: Keys, two: Keys) -> tuple[list[Entry], list[zsr.Consumed]]:
+    """Two devices that sponsor each other, listed as somebody's, and the invites that they use up."""
+    entries = [
+        entry(one, b"1" * 16, sponsor=two, member=member),
+        entry(two, b"2" * 16, sponsor=one, member=member),
+    ]
+    return entries, [used(b"1" * 16, one), used(b"2" * 16, two)]
+
+
+def test_attack_41_devices_that_sponsor_each_other_are_nobodys(desk: Desk, home: House) -> None:
+    """Every line of sponsors ends at a member's first device, or at one that is gone.
+
+    Seen to fail without: `_grounded(devices)` in Verifier._devices.
+    """
+    one, two = new_device(home.room), new_device(home.room)
+    entries, spent = circle(home.ben.member, one, two)
+    made = commit(
+        home.made, home.under, next_roster(home, 2, entries, spent=spent), home.ann, [*home.everyone, one, two]
+    )
+    assert refused(desk, "ann", zsr.UpCommit(1, made.upload)) == "forged"
+
+
+def test_attack_43_an_entry_reads_from_where_it_was_let_in(desk: Desk, home: House) -> None:
+    """Verifier._kept: an entry stays as it was made; Verifier._additions: a new one reads from where policy says.
+
+    Seen to fail without: `an entry is changed`; `device may read from too early`.
+    """
+    zero, eve = zsr.Hl("commit", home.first.unit.body), new_device(home.room)
+    early = [(m, replace(d, from_=zero)) if d.sigpub == home.ben.sigpub else (m, d) for m, d in home.made.entries]
+    changed = roster(home.room, home.under, home.ann, 2, early, consumed=[*home.spent])
+    added = next_roster(home, 2, [entry(eve, b"e" * 16, from_=zero)], spent=[used(b"e" * 16, eve)])
+    for listing, to in ((changed, home.everyone), (added, [*home.everyone, eve])):
+        made = commit(home.made, home.under, listing, home.ann, to)
+        assert refused(desk, "ann", zsr.UpCommit(1, made.upload)) == "forged"
+
+
+def test_attack_30_no_branch_uses_numbers_up(desk: Desk, home: House) -> None:
+    """A head from another branch is asked how far its numbers are ahead, and any whether one can follow it.
+
+    Seen to fail without: `self._verifier.leaps(new, room.head)`; `a number that nothing can follow`.
+    """
+    everyone = frozenset(keys.dev for keys in home.everyone)
+    elsewhere = replace(home.made, ch=b"p" * 32)
+    for no in (zsr.Limits().leap + 2, zsr.MAX_UINT):
+        made = commit(elsewhere, home.under, next_roster(home, no), home.ann, home.everyone, everyone)
+        told = desk.come(f"ann {no}", home.ann, made)
+        assert "forged" in faults(told)
+        assert desk.room.head is not None
+        assert desk.room.head.ch == home.made.ch
 
 
 def test_attack_41_a_device_that_is_gone_sponsors_none(desk: Desk, home: House) -> None:
@@ -8511,6 +8564,14 @@ class TestMembership:
         lab.settle(12)
         assert [lab.room(name)["state"] for name in (ana, bob)] == ["left", "member"]
 
+    @pytest.mark.parametrize("unseen", ["\u200b", "\u200e", "\ufe0f", " ", ""])
+    def test_a_name_that_looks_like_anothers_is_warned_of(self, lab: Laboratory, unseen: str) -> None:
+        _, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(bob, "rename", name=ana.upper() + unseen)
+        lab.settle(6)
+        for name in (ana, cleo):
+            lab.dismissed(name, "sameName")
+
     def test_what_was_said_by_one_whose_coming_lost_a_race_for_good_reaches_all_who_may_read_it(
         self, lab: Laboratory
     ) -> None:
@@ -10523,9 +10584,11 @@ class Insider:
         ct = group_seal(self.epoch, 1, self.keys.room, self.number, poster, item)
         return replace(zsr.DownEvent(no, 1, poster, self.number, self.epoch.ch, ct), **how)
 
-    def direct(self, to: bytes, *items: Item, tid: int = 2**40) -> zsr.DownDirect:
+    def direct(self, to: bytes, *items: Item, tid: int = 2**40, proofs: Iterable[zsr.Proof] = ()) -> zsr.DownDirect:
         no, kempub = self.leaves[to]
-        content = u(2, len(items)) + b"".join(item.data for item in items) + 3 * u(2, 0)
+        rosters = [large(zsr.encode(proof)) for proof in proofs]
+        content = u(2, len(items)) + b"".join(item.data for item in items) + u(2, 0)
+        content += u(2, len(rosters)) + b"".join(rosters) + u(2, 0)
         info = E("direct", self.keys.room + self.epoch.ch + to + u(8, no))
         ct = hpke_seal(kempub, info, pad(content))
         return zsr.DownDirect(tid, 1, self.keys.dev, self.epoch.ch, no, ct)
@@ -11332,6 +11395,126 @@ def upon(insider: Insider, entries: list[Entry], removed: list[zsr.Gone], consum
     )
     sig = sign(by.sig, "commit", H("commit", data))
     return zsr.Unit(unit.charter, zsr.encode(listing), data, sig, bytes(32), slots, ())
+
+
+def test_attack_41_devices_that_sponsor_each_other_bring_in_nobody(stage: Stage) -> None:
+    """Notary.readLines: sponsors lead to a member's first device, or to one that is gone. Otherwise any admin could
+    list devices as the creator's, and the creator's page would give them the room's key.
+
+    Seen to fail without: `await readLines(room, devices, gone);` in readRoster.
+    """
+    room, (ana, bob, mal) = stage.meet("ana", "bob", "mal")
+    stage.appoint(room, ana, ana, mal)
+    insider, victim = stage.steal(mal, room), stage.steal(ana, room)
+    one, two = new_device(insider.keys.room), new_device(insider.keys.room)
+    entries, spent = circle(victim.keys.member, one, two)
+    listing = insider.roster(add=entries, consumed=[*insider.listed.consumed, *spent])
+    to = [victim.keys, stage.steal(bob, room).keys, one, two]
+    forged = commit(insider.head, insider.under, listing, insider.keys, to, joiners=frozenset({one.dev, two.dev}))
+    with unmoved(stage, room, ana, bob):
+        stage.show(ana, forged)
+        stage.show(bob, forged)
+
+
+def ghost(insider: Insider, member: bytes, under: zsr.Signed | None = None) -> tuple[Keys, zsr.Proof]:
+    """A device listed as another's by an admin's roster that no commit leads to: its sponsor, it says, is gone."""
+    one, lost = new_device(insider.keys.room), new_device(insider.keys.room)
+    made = insider.roster(
+        add=[entry(one, b"1" * 16, sponsor=lost, member=member)],
+        removed=[*insider.listed.gone, zsr.Gone(lost.dev, member, 0, ZERO32)],
+        consumed=[*insider.listed.consumed, used(b"1" * 16, one)],
+        under=under,
+    )
+    return one, zsr.Proof(under or insider.under, made)
+
+
+def test_attack_03_who_was_an_admin_brings_in_nobody_as_somebody_else(stage: Stage) -> None:
+    """Room.learnLost believes no roster of a lost branch about whose a device is, unless its sponsors are known; and
+    Room.ask hears no wish of a device that is not listed.
+
+    Seen to fail without: `.filter((e) => grounded(s, u.devices, e))` in learnLost.
+    """
+    room, (ana, bob, mal) = stage.meet("ana", "bob", "mal")
+    stage.appoint(room, ana, ana, mal)
+    then = stage.steal(mal, room)
+    stage.decree(ana, room, admins=[stage.dev(ana, room).hex()], invites_from=2)
+    insider, victim = stage.steal(mal, room), stage.steal(ana, room)
+    one, proof = ghost(then, victim.keys.member)
+    words, lamport = text_body("Ana says: send it to mal"), insider.lamport + 5
+    said = [event(one, 1, ch, 1, words, lamport=lamport) for ch in (insider.epoch.ch, b"c" * 32)]
+    with unmoved(stage, room, ana, bob):
+        for name in (ana, bob):
+            stage.feed(name, *[insider.direct(stage.dev(name, room), each, proofs=[proof]) for each in said])
+            stage.feed(name, zsr.DownRequests((farewell(one, [victim.keys]),)))
+        stage.settle(6)
+    assert (stage.notes(ana), stage.notes(bob)) == ([], [])
+
+
+def test_attack_03_what_an_admin_of_before_says_of_the_removed_is_not_kept(stage: Stage) -> None:
+    """Room.notes keeps evidence of admins in force about devices that are known; Rooms._take_evidence keeps no other's.
+
+    Seen to fail without: `rules(s, u)` in Room.notes and `head.heeds(listing)` in Rooms._take_evidence.
+    """
+    room, (ana, bob, mal) = stage.meet("ana", "bob", "mal")
+    stage.appoint(room, ana, ana, mal)
+    then = stage.steal(mal, room)
+    stage.decree(ana, room, admins=[stage.dev(ana, room).hex()], invites_from=2)
+    out = [gone(stage.steal(bob, room).keys), *(zsr.Gone(bytes([n]) * 16, bytes(16), 0, ZERO32) for n in range(1, 99))]
+    listing = then.roster(drop=[stage.steal(bob, room).keys], removed=out, no=900)
+
+    def kept() -> int:
+        return sum(len(each[1]) for each in stage.left(ana) if not isinstance(each, int))
+
+    before = kept()
+    with unmoved(stage, room, ana, bob):
+        stage.say(mal, zsr.UpEvidence(then.under, listing))
+        stage.settle(6)
+        stage.feed(ana, zsr.DownEvidence((zsr.Proof(then.under, listing),)))
+    assert kept() < before + 500
+    assert not stage.rooms._rooms[bytes.fromhex(room)].evidence
+    stage.talk(room, [ana, bob, mal], [])
+
+
+def test_attack_30_a_branch_far_ahead_in_numbers_is_refused(stage: Stage) -> None:
+    """Room.leapFault: otherwise no roster could follow, not even root's.
+
+    Seen to fail without: `leapFault(h, u) !== ''` in Room.unfit.
+    """
+    room, (ana, bob, mal) = stage.meet("ana", "bob", "mal")
+    stage.appoint(room, ana, ana, mal)
+    insider = stage.steal(mal, room)
+    to = [stage.steal(name, room).keys for name in (ana, bob)]
+    elsewhere = replace(insider.head, ch=b"p" * 32)
+    listing = insider.roster(no=2**40)
+    far = commit(elsewhere, insider.under, listing, insider.keys, to, frozenset(keys.dev for keys in to))
+    with unmoved(stage, room, ana, bob):
+        stage.show(ana, far)
+        stage.show(bob, far)
+
+
+def test_attack_43_an_admin_gives_itself_nothing_to_read_from_before(stage: Stage) -> None:
+    """Room.keptFault: where an entry reads from stays what it was.
+
+    Seen to fail without: `keptFault(p, c)` in Room.childFault.
+    """
+    room, (ana, bob) = stage.meet("ana", "bob")
+    stage.decree(ana, room, policy={"history": 0})
+    stage.do(ana, "send", text="a secret of before")
+    stage.settle(6)
+    mal = f"mal{next(SERIAL)}"
+    stage.start(mal)
+    stage.join(ana, mal)
+    stage.appoint(room, ana, ana, mal)
+    insider = stage.steal(mal, room)
+    zero = next(device.from_ for _, device in insider.entries if device.inv_id == ZERO16)
+    early = [(m, replace(d, from_=zero) if d.sigpub == insider.keys.sigpub else d) for m, d in insider.entries]
+    spent = list(insider.listed.consumed)
+    listing = roster(insider.keys.room, insider.under, insider.keys, insider.listed.no + 1, early, consumed=spent)
+    to = [stage.steal(name, room).keys for name in (ana, bob)]
+    forged = commit(insider.head, insider.under, listing, insider.keys, to)
+    with unmoved(stage, room, ana, bob):
+        stage.show(ana, forged)
+        stage.show(bob, forged)
 
 
 def test_attack_41_an_admin_attaches_no_device_to_who_did_not_sponsor_it_or_without_its_consent(stage: Stage) -> None:

@@ -88,7 +88,7 @@ from base64 import b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import (
     Annotated,
@@ -168,6 +168,8 @@ class Limits:
     directs: int = 2000  # direct envelopes that wait for one device
     direct_bytes: int = 4 << 20  # bytes of them: beyond, the earliest go, vectors ask again
     roster_step: int = 1024  # how far a roster number may rise at once: it must never be used up
+    leap: int = 1 << 24  # the same, and of an epoch, from one branch to another
+    number: int = 1 << 48  # none is above it, so that there is always one to follow
     consumed_days: int = 30  # days a used invite stays listed beyond its end
     outbox: int = 16 << 20  # bytes of live frames queued for one socket before it counts as too slow
     rooms_an_address: int = 1000  # rooms at once that one address brought: a twentieth of all
@@ -1357,12 +1359,13 @@ class Recent(Generic[K, T]):
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A device of a roster; `sponsor` is the one that linked it, empty for a member's first."""
+    """A device of a roster; `sponsor` is the one that linked it, empty for a member's first; `entry` is all of it."""
 
     sigpub: bytes
     member: bytes
     inv_id: bytes
     sponsor: bytes
+    entry: Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -1383,6 +1386,10 @@ class Listing:
     def weight(self) -> tuple[int, int, int, bytes]:
         """W: charter number, roster number, seniority of the roster's signer, H(roster)."""
         return self.charter.no, self.roster.no, -self.admins.index(self.roster.signer), self.roster_hash
+
+    def heeds(self, other: Listing) -> bool:
+        """Whether the signer of another roster is an admin of the charter in force here, or of a later one."""
+        return other.charter.no > self.charter.no or other.roster.signer in self.admins
 
 
 @dataclass(frozen=True, slots=True)
@@ -1421,6 +1428,18 @@ def _follows_on(before: Commit, child: Commit) -> None:
         (before.room, before.charter, before.roster) == (child.room, child.charter, child.roster),
         "chain goes beyond its roster",
     )
+
+
+def _grounded(devices: Mapping[bytes, Listed]) -> None:
+    """Raises Forged where devices sponsor each other: they would be anybody's."""
+    grounded = {b""}
+    for dev in devices:
+        line: dict[bytes, None] = {}
+        while dev in devices and dev not in grounded:
+            must(dev not in line, "devices sponsor each other")
+            line[dev] = None
+            dev = devices[dev].sponsor
+        grounded |= line.keys()
 
 
 class Verifier:
@@ -1491,7 +1510,7 @@ class Verifier:
         must(0 < len(entries) <= self._limits.devices, "roster lists no device, or too many")
         for member, device in entries:
             sponsor = b"" if device.sponsor == ZERO65 else device_id(room, device.sponsor)
-            devices[device_id(room, device.sigpub)] = Listed(device.sigpub, member, device.inv_id, sponsor)
+            devices[device_id(room, device.sigpub)] = Listed(device.sigpub, member, device.inv_id, sponsor, device)
         must(len(devices) == len(entries) and not devices.keys() & gone.keys(), "a device is listed twice or gone")
         must(all(member.devices for member in roster.members), "a member has no device")
         if any(len(member.devices) > self._limits.devices_a_member for member in roster.members):
@@ -1500,6 +1519,7 @@ class Verifier:
             consent = encode(Consent(room, member, dev, device.inv_id))
             self.signature(device.sigpub, "consent", consent, device.consent)
             self._sponsored(room, member, dev, device, devices, gone)
+        _grounded(devices)
         return devices
 
     def _sponsored(
@@ -1554,6 +1574,7 @@ class Verifier:
         must(commit.roster == listing.roster_hash, "commit is of another roster")
         must((commit.epoch == 0) == (commit.parent == ZERO32), "commit has no parent, or one too many")
         must(commit.slots == Hl("slots", unit.slots), "slots are of another commit")
+        must(max(commit.epoch, listing.roster.no) <= self._limits.number, "a number that nothing can follow")
         committer = listing.devices.get(commit.committer)
         if committer is None:
             raise Forged("committer is not listed")
@@ -1593,6 +1614,12 @@ class Verifier:
         may = listing.charter.who == 0 or commit.committer in listing.admins
         must(may or answers, "rotation is for admins here")
 
+    def leaps(self, new: Head, old: Head) -> None:
+        """Raises Forged for numbers so far ahead that they use up what there is: a head from another branch."""
+        most, one, two = self._limits.leap, old, new
+        must(two.commit.epoch - one.commit.epoch <= most, "epoch leaps")
+        must(two.listing.roster.no - one.listing.roster.no <= most, "roster number leaps")
+
     def follows(self, new: Head, old: Head, wall_ms: int, asked: frozenset[bytes]) -> None:
         """What a commit may change upon its parent; `asked` are devices whose own member asked to see them go."""
         must(new.commit.epoch == old.commit.epoch + 1, "epoch does not follow")
@@ -1602,6 +1629,7 @@ class Verifier:
             return
         least = one.roster.no + (two.charter.no == one.charter.no)
         must(least <= two.roster.no <= one.roster.no + self._limits.roster_step, "roster number is out of range")
+        self._kept(one, two)
         self._additions(one, two)
         self._removals(one, two, asked)
         kept = wall_ms - (self._limits.consumed_days - 1) * DAY_MS  # a day's grace: clocks differ
@@ -1609,6 +1637,15 @@ class Verifier:
             all(two.consumed.get(used.inv_id) == used for used in one.consumed.values() if used.expiry > kept),
             "a consumed invite is forgotten",
         )
+
+    def _kept(self, one: Listing, two: Listing) -> None:
+        """An entry stays as it was made, or its device would read from elsewhere. The creator's first one alone could
+        not name the commit it came by."""
+        for dev in one.devices.keys() & two.devices.keys():
+            was, now = one.devices[dev], two.devices[dev]
+            unnamed = was.inv_id == ZERO16 and was.entry.from_ == ZERO32
+            kept = replace(now.entry, from_=ZERO32) if unnamed else now.entry
+            must(was.member == now.member and was.entry == kept, "an entry is changed")
 
     def _additions(self, one: Listing, two: Listing) -> None:
         for dev in two.devices.keys() - one.devices.keys():
@@ -1619,6 +1656,9 @@ class Verifier:
             must(before is None or before.dev == dev, "invite was consumed before")
             sponsor = two.devices[dev].sponsor
             must(not sponsor or sponsor in two.devices, "device is sponsored by one that is gone")
+            start = two.devices[sponsor].entry.from_ if sponsor else ZERO32
+            told = start != ZERO32 or (not sponsor and one.charter.history == 0)
+            must(not told or two.devices[dev].entry.from_ == start, "device may read from too early")
 
     def _removals(self, one: Listing, two: Listing, asked: frozenset[bytes]) -> None:
         for was in one.gone.values():
@@ -2408,6 +2448,8 @@ class Rooms:
         if new and peer.dev in new.listing.devices and (room.head is None or preferred(new, room.head)):
             if room.head and new.commit.parent == room.head.ch:
                 self._verifier.follows(new, room.head, self._wall(), room.asked_out(UNLINK, LEAVE))
+            elif room.head:
+                self._verifier.leaps(new, room.head)
             self._advance(peer, new, hello.unit, now)
         if room.head is None:
             self._tell_fault(peer, PeerFault("unknown", "room is not known here: a member brings it back"))
@@ -2500,6 +2542,8 @@ class Rooms:
             self._verifier.follows(new, head, self._wall(), room.asked_out(UNLINK, LEAVE))
         elif new.listing.charter.no <= head.listing.charter.no:
             raise PeerFault("lost", "another commit came first")
+        else:
+            self._verifier.leaps(new, head)
         if rotation:
             self._may_rotate(room, new, now)
         no = self._advance(peer, new, frame.unit, now)
@@ -2955,6 +2999,7 @@ class Rooms:
         listing, head = self._verifier.listing(room.id, proof), self._charted(room).listing
         if listing.roster_hash in room.evidence:
             return
+        must(head.heeds(listing), "its signer is no admin any more")
         if listing.gone.keys() <= head.gone.keys() and listing.weight <= head.weight:
             return
         lightest = min(room.evidence.values(), key=lambda each: each.weight, default=None)
