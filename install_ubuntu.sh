@@ -38,7 +38,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=11c1e4610f5ffe5d8e77ef3f22885257a78b0a767ec52d62e879f25009d6bfae
-  SHA256_PAGE=80fd2d4aac931e4ff9d87bde34ad04ea99c5906b3ea53548184bf07f8b18ef2f
+  SHA256_PAGE=7f1c04a3718ac7a3b8856cc994015f3b4dbcb4ff52d280604781cca44ac476ec
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
