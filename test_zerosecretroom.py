@@ -15560,6 +15560,72 @@ def test_a_message_of_more_frames_than_are_taken_at_once_is_refused_whole(home: 
     assert faults(desk.say("ann", *[zsr.UpPing(1)] * 4)) == ["bad"]
 
 
+def test_a_message_that_asks_for_too_much_is_answered_in_part_and_its_socket_ends(home: House) -> None:
+    """Else a few bytes, a thousand times over, are answered with gigabytes before anything weighs them."""
+    unit = zsr.DownUnit(home.made.full)
+    desk = full_desk(home, outbox=3 * len(zsr.encode_frame(unit)) - 1)
+    asked = [zsr.encode_frame(zsr.UpHead())] * 1000
+    effects = desk.rooms.handle("ann", zsr.join_frames(asked), desk.now)
+    *heads, fault, ended, _ = desk.told(effects)
+    assert heads == [(("ann",), unit)] * 3
+    assert len({id(effect.frame) for effect in effects[:3] if isinstance(effect, zsr.Send)}) == 1, "made once"
+    assert (fault[1].code, fault[1].retry_ms) == ("busy", desk.limits.busy_retry_ms)
+    assert ended == (("ann",), zsr.Close("ann", 1013, "busy"))
+    assert faults(desk.say("ben", zsr.UpHead(), zsr.UpHead())) == [], "what is not too much is answered whole"
+    several = [zsr.join_frames(asked[:2])] * 9
+    told = desk.told(desk.rooms.handle_all("ben", several, desk.now))
+    assert heard(told, "ben").count(unit) == 3, "nor is anything weighed between messages that came together"
+    told = desk.told(desk.rooms.handle_all("cat", [zsr.join_frames(asked[:1])] * 9, desk.now))
+    assert heard(told, "cat") == [unit] * 9, "who sends so little at once is waited for"
+
+
+def test_what_was_missed_is_told_whole_and_once(home: House) -> None:
+    desk = full_desk(home, outbox=10_000)
+    desk.leave("ben")
+    for _ in range(30):
+        desk.say("ann", post(home, ct=bytes(1000)))
+    desk.login("ben2", home.ben)
+    told = heard(desk.say("ben2", hello(run=RUN, cursor=1), post(home, 7)), "ben2")
+    assert len([frame for frame in told if isinstance(frame, zsr.DownEvent)]) == 31
+    assert zsr.DownSent(7, 32) in told
+    told = heard(desk.say("ben2", *[hello(run=RUN, cursor=1)] * 9), "ben2")
+    assert len([frame for frame in told if isinstance(frame, zsr.DownReady)]) == 1
+    assert told[-1] == zsr.Close("ben2", 1013, "busy")
+
+
+def test_each_entry_of_a_log_that_is_told_again_counts_for_the_pace(home: House) -> None:
+    desk = full_desk(home, frames_at_once=50, frames_a_second=5)
+    desk.say("ben", *(post(home, ref) for ref in range(30)))
+    desk.now += 60.0
+    first, second, third = (desk.say("ann", hello(run=ZERO16)) for _ in range(3))
+    assert faults(first) == []
+    assert heard(second, "ann")[-1].seconds == pytest.approx((2 * (1 + 31) - 50) / 5)
+    assert heard(third, "ann")[-1].seconds == pytest.approx((3 * (1 + 31) - 50) / 5)
+    desk.leave("ann")
+    desk.now += 60.0
+    desk.come("ann2", home.ann, run=ZERO16)
+    assert faults(desk.say("ann2", *[zsr.UpPing(1)] * 40)) == [], "what is missed on a new socket does not"
+
+
+def test_chunks_have_a_window_and_are_never_too_much(home: House) -> None:
+    desk = full_desk(home, outbox=10_000)
+    for index in range(9):
+        desk.say("ann", put(index, 9, bytes(5_000)))
+    get = zsr.UpGet(home.ann.dev, b"f" * 16, 0, 9)
+    told = desk.say("ben", get, zsr.UpPing(1), zsr.UpPing(2))
+    assert [type(frame) for frame in heard(told, "ben")] == [zsr.DownChunk] * 9 + [zsr.DownPong] * 2
+
+
+@pytest.mark.parametrize("again", [zsr.UpHead(), hello()])
+def test_what_is_asked_for_again_counts_for_the_pace(home: House, again: Any) -> None:
+    desk = full_desk(home, bytes_at_once=10_000, bytes_a_second=1000)
+    desk.say("ann", post(home, ct=bytes(5_000)))
+    desk.now += 60.0
+    told = [faults(desk.say("ann", again)) for _ in range(9)]
+    assert told[0] == []
+    assert told[-1] == ["busy"]
+
+
 def test_a_member_has_so_many_devices(home: House) -> None:
     desk = full_desk(home, devices_a_member=2)
     tabs = [new_device(home.room) for _ in range(2)]

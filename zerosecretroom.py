@@ -171,7 +171,7 @@ class Limits:
     leap: int = 1 << 24  # the same, and of an epoch, from one branch to another
     number: int = 1 << 48  # none is above it, so that there is always one to follow
     consumed_days: int = 30  # days a used invite stays listed beyond its end
-    outbox: int = 16 << 20  # bytes of live frames queued for one socket before it counts as too slow
+    outbox: int = 16 << 20  # bytes of live frames queued for a slow socket, and of answers to what comes at once
     rooms_an_address: int = 1000  # rooms at once that one address brought: a twentieth of all
     connections: int = 20_000  # sockets at once: 27 KB each make half a GB
     connections_an_address: int = 512  # of these from one IPv4 address or IPv6 /64: a school behind one router
@@ -1684,6 +1684,7 @@ LINK, UNLINK, LEAVE, SPLIT = 1, 2, 3, 4  # kinds of a request
 DEMO = "aaa"
 DEMO_ROOM = Hl("room", DEMO.encode())
 CLOSE_LOGIN, CLOSE_UNLISTED, CLOSE_REPLACED, CLOSE_ADDRESS = 4001, 4003, 4004, 4005
+CLOSE_BUSY = 1013
 NOT_KEPT = "the earliest was not kept for those away: they get it from you or others"
 
 
@@ -2090,6 +2091,7 @@ class Rooms:
         self._tid = 0
         self._swept = float("-inf")
         self._out: Effects = []
+        self._shown = b"", b""  # the unit that was last told as a head, and its frame
         self._handlers = self._table()
 
     def _table(self) -> dict[type[Any], tuple[int, Callable[[Peer, Any, float], None]]]:
@@ -2147,7 +2149,7 @@ class Rooms:
         peer, self._out = self._peers.get(conn), []
         if peer is None:
             return []
-        count = 0
+        count = asked = 0
         for message in messages:
             frames: list[bytes] = []
             try:
@@ -2155,12 +2157,26 @@ class Rooms:
             except PeerFault as fault:
                 self._refused(peer, fault, 0, now)
             count += len(frames) or 1
-            for data in frames:
+            for place, data in enumerate(frames):
+                if place and asked > self._limits.outbox and conn in self._peers:
+                    self._cut_off(peer, now)
                 if conn in self._peers:
-                    self._frame(peer, data, now)
-        if wait := peer.pace.spend(count, sum(map(len, messages)), self._limits, now):
+                    asked += self._frame(peer, data, now)
+        if wait := peer.pace.spend(count, sum(map(len, messages)) + asked, self._limits, now):
             self._slow_down(peer, wait)
         return self._out
+
+    def _cut_off(self, peer: Peer, now: float) -> None:
+        """A few bytes may ask for a head of megabytes, or for a whole log, again and again: who wants more at once than
+        a socket's outbox holds gets what there is so far, and no more. Nothing weighs it before all is handled."""
+        text = "one message asks for more than this relay answers at once"
+        self._tell_fault(peer, PeerFault("busy", text, self._limits.busy_retry_ms))
+        self._end(peer, CLOSE_BUSY, "busy", now)
+
+    def _asked(self, peer: Peer, mark: int) -> int:
+        """Bytes of what the effects from `mark` on tell this socket alone, but for chunks, which have a window."""
+        told = [each for each in self._out[mark:] if isinstance(each, Send) and not isinstance(each, Bulk)]
+        return sum(len(each.frame) for each in told if each.conns == (peer.conn,))
 
     def _slow_down(self, peer: Peer, wait: float) -> None:
         """All that came was taken; what follows waits in the network, which slows the sender down and loses nothing."""
@@ -2310,8 +2326,16 @@ class Rooms:
         self.refusals[fault.code] += 1
         self._tell(peer, DownFault(ref, fault.code, fault.text, fault.retry_ms))
 
-    def _frame(self, peer: Peer, data: bytes, now: float) -> None:
-        mark, frame = len(self._out), None
+    def _tell_head(self, peer: Peer, head: Head) -> None:
+        """The frame is made once: whoever asks again and again gets the same bytes."""
+        if self._shown[0] is not head.data:
+            self._shown = head.data, encode_frame(DownUnit(head.data))
+        self._out.append(Send((peer.conn,), self._shown[1]))
+
+    def _frame(self, peer: Peer, data: bytes, now: float) -> int:
+        """Takes a frame, or tells what is wrong with it. Returns the bytes that it asked for; what a member missed, it
+        may have for the asking, once."""
+        mark, frame, state = len(self._out), None, peer.state
         try:
             if len(data) > self._limits.max_frame:
                 raise PeerFault("too-big", "frame is larger than this relay takes")
@@ -2323,6 +2347,7 @@ class Rooms:
         except PeerFault as fault:
             del self._out[mark:]
             self._refused(peer, fault, getattr(frame, "ref", 0), now)
+        return self._asked(peer, mark) if peer.state == state else 0
 
     def _refused(self, peer: Peer, fault: PeerFault, ref: int, now: float) -> None:
         """Who has not logged in yet has one try."""
@@ -2427,7 +2452,7 @@ class Rooms:
     def _give_head(self, peer: Peer, frame: UpHead, now: float) -> None:
         if peer.room.head is None:
             raise PeerFault("unknown", "room has no head")
-        self._tell(peer, DownUnit(peer.room.head.data))
+        self._tell_head(peer, peer.room.head)
 
     def _hello(self, peer: Peer, hello: UpHello, now: float) -> None:
         room, limits = peer.room, self._limits
@@ -2499,7 +2524,10 @@ class Rooms:
         self._acked.add(room)
         self._brief(peer, hello)
         skipped = max(cursor, seat.first)
-        self._out.extend(Send((peer.conn,), entry.frame) for entry in room.log if entry.no > skipped)
+        missed = [Send((peer.conn,), entry.frame) for entry in room.log if entry.no > skipped]
+        self._out.extend(missed)
+        if before is peer:  # it was told already, and no page asks again on one socket: each counts like one it sends
+            peer.pace.spend(len(missed), 0, limits, now)
         for _, _, frame in (seat.directs or {}).values():
             self._out.append(Send((peer.conn,), frame))
         self._tell(peer, DownReady(room.head.ch if room.head else ZERO32, room.online()))
@@ -2512,7 +2540,7 @@ class Rooms:
         if asked:  # before the head: a removal is judged by the wish it answers
             self._tell(peer, DownRequests(asked))
         if room.head and hello.unit != room.head.data and (hello.unit or hello.run != self._run):
-            self._tell(peer, DownUnit(room.head.data))
+            self._tell_head(peer, room.head)
         joins = tuple(
             PendingJoin(by, join.sigpub, join.inv_id, join.sealed[dev])
             for by, (join, _) in room.joins.items.items()
@@ -2685,7 +2713,7 @@ class Rooms:
     def _fetch(self, peer: Peer, frame: UpFetch, now: float) -> None:
         room = peer.room
         if peer.dev in room.seats and room.head:
-            self._tell(peer, DownUnit(room.head.data))
+            self._tell_head(peer, room.head)
             return
         try:
             self._tell(peer, self._look_up(room, frame.inv_id))
@@ -2709,7 +2737,7 @@ class Rooms:
     def _join(self, peer: Peer, frame: UpJoin, now: float) -> None:
         room = peer.room
         if peer.dev in room.seats and room.head:
-            self._tell(peer, DownUnit(room.head.data))
+            self._tell_head(peer, room.head)
             return
         invite, _ = self._open_invite(room, frame.inv_id)
         readers = self._readers(room, invite)
@@ -3965,7 +3993,6 @@ CLOSE_GOING_AWAY, CLOSE_NOT_BYTES, CLOSE_ODD, CLOSE_BUG, CLOSE_TOO_SLOW, CLOSE_S
     1013,
     4002,
 )
-CLOSE_BUSY = 1013
 LOOKS = 10  # a tick: each is at a part of the connections, or the others would wait for all of it
 TLS_RECORD = 16384  # bytes: OpenSSL's buffers never shrink, so nothing larger goes through them at once
 TLS_HANDSHAKE = 0x16
