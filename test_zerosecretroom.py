@@ -5022,6 +5022,18 @@ def test_a_socket_that_never_logs_in_is_closed(home: House) -> None:
     assert desk.expire(1.0) == [(("slow",), zsr.Close("slow", 4001, "login timeout"))]
 
 
+def test_a_socket_that_logs_in_and_wants_nothing_is_closed(home: House) -> None:
+    desk = Desk(home.room, login_timeout=15.0)
+    for name in ("idle", "new", "ann"):
+        desk.login(name, home.ann if name == "ann" else new_device(home.room))
+    assert faults(desk.say("new", zsr.UpFetch(b"i" * 16))) == ["unknown"]
+    assert faults(desk.say("ann", hello())) == ["unknown"]
+    desk.say("idle", zsr.UpPing(1))
+    assert desk.expire(14.0) == []
+    assert desk.expire(1.0) == [(("idle",), zsr.Close("idle", 4001, "login timeout"))]
+    assert desk.expire(3600.0) == [], "who was answered that the room is not here waits for it"
+
+
 @pytest.mark.parametrize("frame", [zsr.UpFetch(ZERO16), zsr.UpPing(1), zsr.UpAck(RUN, 1), zsr.UpHead()])
 def test_before_login_only_nonce_and_login_are_heard(home: House, frame: Any) -> None:
     desk = Desk(home.room)
@@ -5399,6 +5411,43 @@ def test_joins_are_bounded_an_invite_and_a_room(home: House) -> None:
     too_big = zsr.UpJoin(inv_id, (zsr.SealedJoin(home.ann.dev, bytes(5000)),))
     assert refused(desk, "new10", too_big) == "too-big"
     assert refused(desk, "new10", zsr.UpJoin(inv_id, (zsr.SealedJoin(home.cat.dev, b""),))) == "stale"
+
+
+def test_at_a_full_door_who_asked_for_nothing_longest_makes_way(home: House) -> None:
+    desk = full_desk(home, newcomers=2)
+    inv_id, _ = invite_of(link(home.ann, IDENTITY.public))
+    desk.say("ann", zsr.UpInvite(1, invite(home.ann, inv_id)))
+    join = zsr.UpJoin(inv_id, (zsr.SealedJoin(home.ann.dev, b"sealed"),))
+    told = []
+    for name in ("one", "two", "three", "four"):
+        new = new_device(home.room)
+        told += desk.say(name, login(new, desk.greet(name).m, HOST))
+        desk.say(name, *[join] * (name in ("one", "three")))
+    text = "too many wait at this room's door"
+    assert told == [
+        (("two",), zsr.DownFault(0, "busy", text, 5000)), (("two",), zsr.Close("two", 1013, "busy")),
+        (("four",), zsr.DownFault(0, "busy", text, 5000)), (("four",), zsr.Close("four", 4001, "busy")),
+    ]  # fmt: skip
+    assert desk.come("ann2", home.ann)[-1][1].head == home.made.ch, "who is listed needs no such place"
+
+
+def test_strangers_at_the_door_keep_no_member_out_after_a_restart(home: House) -> None:
+    desk = Desk(home.room, newcomers=2)
+    for name in ("one", "two"):
+        desk.login(name, new_device(home.room))
+    told = desk.say("ann", login(home.ann, desk.greet("ann").m, HOST), hello(home.made))
+    assert heard(told, "one")[-1] == zsr.Close("one", 1013, "busy")
+    assert isinstance(told[-1][1], zsr.DownReady)
+
+
+def test_one_address_has_so_many_places_at_a_door(home: House) -> None:
+    desk = Desk(home.room, newcomers_an_address=2)
+    told = []
+    for name, origin in (("a", "192.0.2.1"), ("b", "192.0.2.2"), ("c", "192.0.2.1"), ("d", "192.0.2.1"), ("e", "")):
+        assert desk.rooms.enter(name, desk.path, desk.now, origin) == []
+        [(_, answer)] = desk.say(name, zsr.UpNonce(bytes(32)))
+        told += desk.say(name, login(new_device(home.room), answer.m, HOST))
+    assert [each for each in told if isinstance(each[1], zsr.Close)] == [(("a",), zsr.Close("a", 1013, "busy"))]
 
 
 def test_a_device_invite_is_any_members_and_opened_by_its_maker(desk: Desk, home: House) -> None:

@@ -159,6 +159,7 @@ class Limits:
     devices: int = 1024  # devices in one roster: a verification takes 0.1 ms each
     devices_a_member: int = 64  # of these of one member: nobody has as many, and gone ones do not count
     newcomers: int = 256  # sockets a room admits that no roster lists, or none yet after a restart
+    newcomers_an_address: int = 32  # of these from one address: a class that was invited together
     joins: int = 64  # pending joins a room: one admin answers each within seconds
     joins_an_invite: int = 8  # devices trying one link: the true one and some that read it on the way
     invites: int = 256  # open invites a room
@@ -193,7 +194,7 @@ class Limits:
     collect_least: int = 1000  # connections to end before a search for cycles of garbage, which looks at all there is
     join_bytes: int = 262_144  # bytes of frames joined into one message: browsers take that in one go
     large_frame: int = 65_536  # bytes from which copying a frame costs more than a message of its own
-    login_timeout: float = 15.0  # s from the socket's opening to a valid login
+    login_timeout: float = 15.0  # s from the socket's opening to a valid login, and from there to what it came for
     slow_seconds: float = 60.0  # s after which a connected device that acks nothing holds back nobody's bytes
     frames_a_message: int = 4096  # taken from one message: with a signature each they keep all others waiting 0.4 s
     frames_a_second: int = 400  # of one device in the long run: a file at 800 Mbit/s, or forty people typing
@@ -1785,10 +1786,10 @@ class Pace:
 class Peer:
     """One socket."""
 
-    __slots__ = ("conn", "dev", "inv_id", "nonces", "pace", "room", "sigpub", "state")
+    __slots__ = ("conn", "dev", "inv_id", "nonces", "origin", "pace", "room", "sigpub", "state")
 
-    def __init__(self, conn: Hashable, room: Room, pace: Pace) -> None:
-        self.conn, self.room, self.state, self.pace = conn, room, NEW, pace
+    def __init__(self, conn: Hashable, room: Room, pace: Pace, origin: str) -> None:
+        self.conn, self.room, self.state, self.pace, self.origin = conn, room, NEW, pace, origin
         self.dev = self.sigpub = self.nonces = b""
         self.inv_id: bytes | None = None  # an invite it waits to be told of
 
@@ -2082,7 +2083,7 @@ class Rooms:
         self.refusals: Counter[str] = Counter()  # by code, for the operator
         self._brought: Counter[str] = Counter()  # rooms that are here, by where they came from
         self._peers: dict[Hashable, Peer] = {}
-        self._arriving: dict[Hashable, float] = {}  # not logged in yet: until when, in order
+        self._arriving: dict[Hashable, float] = {}  # no login yet, or nothing asked since: until when, in order
         self._acked: set[Room] = set()
         self._turns: deque[bytes] = deque()  # rooms that the sweep has yet to come to
         self._round = 0  # how many it had to when it began with them
@@ -2136,7 +2137,7 @@ class Rooms:
             return [Send((conn,), frame), Close(conn, CLOSE_ADDRESS, fault.code)]
         room.conns += 1
         self._idle.pop(room.id, None)
-        self._peers[conn] = Peer(conn, room, Pace(self._limits, now))
+        self._peers[conn] = Peer(conn, room, Pace(self._limits, now), origin)
         self._arriving[conn] = now + self._limits.login_timeout
         return []
 
@@ -2438,13 +2439,30 @@ class Rooms:
         ):
             raise PeerFault("login", "login is not signed by its device")
         before = room.newcomers.get(login.dev)
-        if before is None and login.dev not in room.seats and len(room.newcomers) >= self._limits.newcomers:
-            raise PeerFault("busy", "too many wait at this room's door", self._limits.full_retry_ms)
+        if before is None and login.dev not in room.seats:
+            self._make_way(room, peer.origin, now)
         if before:
             self._end(before, CLOSE_REPLACED, "replaced", now)
         peer.dev, peer.sigpub, peer.nonces, peer.state = login.dev, frame.sigpub, b"", KNOWN
         room.newcomers[peer.dev] = peer
-        self._arriving.pop(peer.conn, None)
+        self._arriving.pop(peer.conn, None)  # to the end of those in order
+        self._arriving[peer.conn] = now + self._limits.login_timeout
+
+    def _make_way(self, room: Room, origin: str, now: float) -> None:
+        """A place at the room's door for one more: whoever stood there longest without a join that waits for an answer
+        goes, or strangers who want nothing would keep out everybody else, members after a restart too. Raises busy
+        where there is nobody of that kind."""
+        limits, there = self._limits, [peer for dev, peer in room.newcomers.items() if dev not in room.seats]
+        near = [peer for peer in there if origin and peer.origin == origin]
+        crowd = near if len(near) >= limits.newcomers_an_address else there
+        if crowd is there and len(there) < limits.newcomers:
+            return
+        busy = PeerFault("busy", "too many wait at this room's door", limits.full_retry_ms)
+        longest = next((peer for peer in crowd if peer.dev not in room.joins), None)
+        if longest is None:
+            raise busy
+        self._tell_fault(longest, busy)
+        self._end(longest, CLOSE_BUSY, "busy", now)
 
     def _ping(self, peer: Peer, frame: UpPing, now: float) -> None:
         self._tell(peer, DownPong(frame.token))
@@ -2456,6 +2474,7 @@ class Rooms:
 
     def _hello(self, peer: Peer, hello: UpHello, now: float) -> None:
         room, limits = peer.room, self._limits
+        self._arriving.pop(peer.conn, None)
         if room.demo:
             self._admit(peer, hello, now)
             return
@@ -2712,6 +2731,7 @@ class Rooms:
 
     def _fetch(self, peer: Peer, frame: UpFetch, now: float) -> None:
         room = peer.room
+        self._arriving.pop(peer.conn, None)
         if peer.dev in room.seats and room.head:
             self._tell_head(peer, room.head)
             return
@@ -2736,6 +2756,7 @@ class Rooms:
 
     def _join(self, peer: Peer, frame: UpJoin, now: float) -> None:
         room = peer.room
+        self._arriving.pop(peer.conn, None)
         if peer.dev in room.seats and room.head:
             self._tell_head(peer, room.head)
             return
