@@ -37,7 +37,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=2feddc5d2115471add3fb9e4337cea32662ce61a8f8d779887d1e2da3deb94f4
+  SHA256_PROGRAM=ab17b1aa06e97ac8c64bc3bc74affaf594740274eff107797b70e8106e5f1b9e
   SHA256_PAGE=7f1c04a3718ac7a3b8856cc994015f3b4dbcb4ff52d280604781cca44ac476ec
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

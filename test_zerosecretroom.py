@@ -4909,6 +4909,7 @@ def counted(room: zsr.Room) -> int:
         + sum(size for shelf in shelves for _, size in shelf.items.values())
         + sum(len(held[2]) + each for seat in room.seats.values() for held in (seat.directs or {}).values())
         + sum(file.size + each * (len(file.chunks) + 1) for file in room.files.values())
+        + sum(room.limits.mark_bytes * (len(file.got) + len(file.waits)) for file in room.files.values())
         + (whole * len(room.head.data) if room.head else 0)
         + room.limits.room_bytes
         + room.limits.seat_bytes * len(room.seats)
@@ -5563,6 +5564,41 @@ def test_a_file_goes_when_all_have_it_or_its_author_drops_it(desk: Desk, home: H
     desk.say("ben", zsr.UpGet(home.ann.dev, b"f" * 16, 1, 1))
     assert desk.say("cat", zsr.UpDrop(b"f" * 16)) == [], "only the author's own"
     assert desk.say("ann", zsr.UpDrop(b"f" * 16)) == [(("ben",), zsr.DownNoFile(home.ann.dev, b"f" * 16))]
+
+
+def test_who_has_a_file_and_who_waits_for_it_is_charged_for_until_it_goes(desk: Desk, home: House) -> None:
+    key, mark = (home.ann.dev, b"f" * 16), desk.limits.mark_bytes
+    desk.say("ann", put(0, 2))
+    used = [desk.room.used]
+
+    def then(name: str, frame: Any) -> int:
+        desk.say(name, frame)
+        used.append(desk.room.used)
+        assert used[-1] == counted(desk.room)
+        return used[-1] - used[-2]
+
+    assert then("ben", zsr.UpGet(*key, 1, 1)) == mark
+    assert then("cat", zsr.UpGet(*key, 0, 2)) == mark
+    assert then("ann", put(1, 2)) == len(b"chunk") + desk.limits.overhead - 2 * mark, "nobody waits any more"
+    assert then("ben", zsr.UpGet(*key, 2, 0)) == 0
+    assert then("cat", zsr.UpGot(*key)) == mark
+    desk.say("ann", zsr.UpDrop(b"f" * 16), put(0, 2))
+    desk.say("cat", zsr.UpGet(*key, 1, 1))
+    desk.leave("cat")
+    assert desk.room.used == counted(desk.room), "nor for one that left"
+
+
+def test_a_mark_takes_no_more_than_is_charged() -> None:
+    files, devices = [zsr.File(1, 0.0, False, 0) for _ in range(20)], [os.urandom(16) for _ in range(1000)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for file in files:
+            file.got.update(devices)
+        taken = (tracemalloc.get_traced_memory()[0] - before) / len(files) / len(devices)
+    finally:
+        tracemalloc.stop()
+    assert taken <= zsr.Limits().mark_bytes
 
 
 def test_a_file_no_longer_waits_for_who_was_removed(desk: Desk, home: House) -> None:

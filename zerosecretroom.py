@@ -153,6 +153,7 @@ class Limits:
     parsed: int = 7  # times its own bytes that a unit or a roster takes once it is read: measured 6.2 to 6.9
     signatures: int = 65_536  # remembered as good: 10 MB, and all members of a room at a restart
     cache_bytes: int = 32 << 20  # bytes of rosters remembered as good, and of units: several of the largest
+    mark_bytes: int = 64  # bytes charged for each that has a file or waits for it: up to a thousand of both a file
     room_bytes: int = 1792  # bytes charged for a room itself: 1,494 were measured
     seat_bytes: int = 320  # bytes charged for a listed device beside what waits for it
     rooms: int = 20_000  # rooms at once: each costs 2 KB even when empty
@@ -1813,7 +1814,7 @@ class File:
     keeps: its sender hears of a chunk once all who take the file have passed it, and it stays a window longer, for one
     whose connection lost what was under way."""
 
-    __slots__ = ("at", "chunks", "count", "floor", "got", "puts", "size", "streamed", "waits")
+    __slots__ = ("at", "chunks", "count", "floor", "got", "marks", "puts", "size", "streamed", "waits")
 
     def __init__(self, count: int, at: float, streamed: bool, floor: int) -> None:
         self.count, self.at, self.streamed, self.size = count, at, streamed, 0
@@ -1822,6 +1823,7 @@ class File:
         self.puts: dict[int, tuple[Peer, int, int]] = {}  # of a streamed one, by index: who put it, its ref, bytes
         self.got: set[bytes] = set()
         self.waits: dict[Peer, tuple[int, int]] = {}  # next index, and the first beyond the window
+        self.marks = 0  # in both, as they were last charged for
 
     def next(self, index: int) -> int:
         """The first chunk from this index on that is not here: where its sender may go on."""
@@ -2038,7 +2040,13 @@ class Room:
         file = self.files.pop(key, None)
         if file:
             self.charge(-file.size - self.limits.overhead * (len(file.chunks) + 1))
+            self.charge(-file.marks * self.limits.mark_bytes)
         return file
+
+    def count_marks(self, file: File) -> None:
+        """Charges for who has a file and who waits for it, after either changed."""
+        before, file.marks = file.marks, len(file.got) + len(file.waits)
+        self.charge((file.marks - before) * self.limits.mark_bytes)
 
     def pass_chunks(self, file: File, low: int) -> list[tuple[Peer, int]]:
         """Counts what is below as passed: who put it, and the refs to be answered. The last window of it stays."""
@@ -2277,6 +2285,7 @@ class Rooms:
             del room.newcomers[peer.dev]
         for file in room.files.values():
             if file.waits.pop(peer, None):
+                room.count_marks(file)
                 self._pass(room, file, file.floor)
         seat = room.seats.get(peer.dev)
         if seat and seat.peer is peer:
@@ -3125,6 +3134,7 @@ class Rooms:
         for peer in ready:
             _, until = file.waits.pop(peer)
             reached = self._stream(peer, file, index + 1, until)
+        room.count_marks(file)
         self._pass(room, file, reached)
 
     def _stream(self, peer: Peer, file: File, at: int, until: int) -> int:
@@ -3156,6 +3166,7 @@ class Rooms:
         elif window:
             reached = self._stream(peer, file, at, min(frame.from_ + window, file.count))
         if file:  # without a window it is no longer wanted
+            peer.room.count_marks(file)
             self._pass(peer.room, file, reached)
 
     def _got(self, peer: Peer, frame: UpGot, now: float) -> None:
@@ -3164,6 +3175,7 @@ class Rooms:
         if file and not room.demo:
             file.got.add(peer.dev)
             file.waits.pop(peer, None)
+            room.count_marks(file)
             self._pass(room, file, file.count)  # where nobody else takes it, all of it has passed
             if file.streamed and not file.waits:
                 room.drop_chunks(file, file.floor)
