@@ -5618,6 +5618,43 @@ def test_files_are_bounded_and_leave_place_for_messages(home: House) -> None:
     assert faults(desk.say("ann", post(home, ct=bytes(9_000)))) == []
 
 
+def test_nobody_holds_all_the_places_of_files(home: House) -> None:
+    """The oldest of whoever has most makes place, as long as that leaves it more than who asks."""
+    desk = full_desk(home, files=4)
+
+    def puts(name: str, *numbers: int) -> list[str]:
+        return [code for n in numbers for code in faults(desk.say(name, put(0, 1, file_id=b"%016d" % n))) or ["ok"]]
+
+    def kept() -> list[tuple[str, int]]:
+        names = {home.ann.dev: "ann", home.ben.dev: "ben", home.cat.dev: "cat"}
+        return [(names[author], int(file_id)) for author, file_id in desk.room.files]
+
+    assert puts("cat", 1, 2, 3, 4, 5) == ["ok"] * 4 + ["full"], "who has most waits for itself"
+    assert puts("ann", 6, 7, 8) == ["ok", "ok", "full"], "two each"
+    assert kept() == [("cat", 3), ("cat", 4), ("ann", 6), ("ann", 7)]
+    assert puts("ben", 9, 10) == ["ok", "full"], "nor does that go back and forth"
+    assert kept() == [("cat", 4), ("ann", 6), ("ann", 7), ("ben", 9)]
+    assert desk.room.used == counted(desk.room)
+
+
+def test_files_of_who_was_removed_are_kept_until_others_need_their_places(home: House) -> None:
+    desk = full_desk(home, files=2)
+    desk.say("cat", put(0, 1))
+    desk.say("ann", put(0, 1), zsr.UpCommit(1, removal(home, home.cat).upload))
+    assert list(desk.room.files) == [(home.cat.dev, b"f" * 16), (home.ann.dev, b"f" * 16)], "ben may still want both"
+    assert faults(desk.say("ann", put(0, 1, file_id=b"g" * 16))) == []
+    assert list(desk.room.files) == [(home.ann.dev, b"f" * 16), (home.ann.dev, b"g" * 16)]
+    assert faults(desk.say("ann", put(0, 1, file_id=b"h" * 16))) == ["full"]
+
+
+def test_a_file_that_is_refused_takes_nobodys_place(home: House) -> None:
+    desk = full_desk(home, files=2)
+    desk.say("cat", put(0, 1), put(0, 1, file_id=b"g" * 16))
+    desk.rooms._limits = desk.room.limits = replace(desk.limits, files=2, max_room_memory=desk.room.used)
+    assert refused(desk, "ann", put(0, 1)) == "full"
+    assert len(desk.room.files) == 2
+
+
 def test_a_file_that_the_relay_lost_may_begin_again_before_where_it_goes_on(desk: Desk, home: House) -> None:
     get = zsr.UpGet(home.ann.dev, b"f" * 16, 0, 4)
     desk.say("ann", put(2, 4))

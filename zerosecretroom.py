@@ -3080,11 +3080,12 @@ class Rooms:
             return
         streamed = self._streams(room, file, frame)
         self._fits(frame.ct)
-        if file is None and len(room.files) >= limits.files:
-            raise Full("too many files in this room", limits.full_retry_ms)
+        going = self._least_missed(room, peer.dev) if file is None and len(room.files) >= limits.files else None
         if file and streamed and file.floor <= frame.index and file.passing() >= limits.file_window:
             raise Full("nobody takes this file as fast as it comes", limits.full_retry_ms)
         self._afford(room, cost + (0 if file else limits.overhead), now, limits.file_share)
+        if going:
+            self._end_file(room, going)
         if file is None:
             file = room.files[key] = File(frame.count, now, streamed, frame.index)
             room.charge(limits.overhead)
@@ -3100,6 +3101,19 @@ class Rooms:
         else:
             self._answer(peer, DownSent(frame.ref, file.next(frame.index)))
         self._feed(room, file, frame.index)
+
+    def _least_missed(self, room: Room, dev: bytes) -> tuple[bytes, bytes]:
+        """The file whose place another of `dev` may have, or one member could hold all of them, and its removal would
+        not give them back: the oldest of somebody no longer listed, or else of whoever has most. Raises Full where that
+        one would have fewer than `dev` then."""
+        orphan = next((key for key in room.files if key[0] not in room.seats), None)
+        if orphan:
+            return orphan
+        held = Counter(author for author, _ in room.files)
+        most, count = held.most_common(1)[0]
+        if count <= held[dev] + 1:
+            raise Full("too many files in this room", self._limits.full_retry_ms)
+        return next(key for key in room.files if key[0] == most)
 
     def _known(self, peer: Peer, file: File, frame: UpPut) -> bool:
         """Whether this chunk is here or has passed already; then its sender hears where to go on."""
