@@ -15668,6 +15668,51 @@ def test_bytes_have_a_pace_too_and_time_brings_both_back(home: House) -> None:
     assert faults(desk.say("ann", post(home, ct=bytes(9_000)))) == ["busy"], "a long silence is not saved up"
 
 
+def rosters_of_strangers(home: House, count: int, size: int) -> list[zsr.Proof]:
+    """As an admin may sign them, each with so many devices that nobody has seen before: a signature each, and one for
+    the roster."""
+    made = []
+    for n in range(count):
+        inv_ids = [b"%08d%08d" % (n, k) for k in range(size)]
+        strangers = [entry(new_device(home.room), inv_id) for inv_id in inv_ids]
+        made.append(zsr.Proof(home.under, next_roster(home, 100 + n, strangers)))
+    return made
+
+
+def test_signatures_that_nobody_has_checked_yet_have_a_pace(home: House) -> None:
+    desk = full_desk(home, checks_at_once=20, checks_a_second=5)
+    desk.now += 60.0
+    [roster] = rosters_of_strangers(home, 1, 29)
+    shown = zsr.UpEvidence(roster.charter, roster.roster)
+    assert heard(desk.say("ann", shown), "ann")[-1].seconds == pytest.approx((29 + 1 - 20) / 5)
+    assert desk.say("ben", shown) == [], "what is known to be good costs nothing"
+    desk.now += 60.0
+    bent = replace(leaf(replace(home.cat, leaf_no=9)), sig=bytes(64))
+    told = [heard(desk.say("cat", *[zsr.UpLeaf(bent)] * 7), "cat")[-1] for _ in range(3)]
+    assert [getattr(frame, "seconds", 0) for frame in told] == [0, 0, pytest.approx(0.2)], "nor is it free to lie"
+
+
+def test_a_device_that_is_not_listed_has_few_signatures_checked(home: House) -> None:
+    desk = full_desk(home, checks_unlisted=8)
+    desk.come("eve", new_device(home.room), evidence=rosters_of_strangers(home, 5, 5))
+    assert len(desk.room.evidence) == 2
+    desk.leave("ann")
+    desk.come("ann2", home.ann, evidence=rosters_of_strangers(home, 5, 5))
+    assert len(desk.room.evidence) == 7, "a member may bring all it knows"
+
+
+def test_devices_that_are_not_listed_have_signatures_checked_at_one_pace_together(home: House) -> None:
+    desk = full_desk(home, checks_at_once=20, checks_a_second=5)
+    known = []
+    for name, roster in zip("abcdef", rosters_of_strangers(home, 6, 10), strict=True):
+        desk.come(name, new_device(home.room), evidence=[roster])
+        known.append(len(desk.room.evidence))
+    assert known == [1, 2, 2, 2, 2, 2]
+    desk.now += 60.0
+    desk.come("g", new_device(home.room), evidence=rosters_of_strangers(home, 1, 1))
+    assert len(desk.room.evidence) == 3
+
+
 def test_who_comes_back_has_the_pace_it_left_with(home: House) -> None:
     desk = full_desk(home, frames_at_once=10, frames_a_second=5)
     assert faults(desk.say("ann", *[zsr.UpPing(1)] * 12)) == ["busy"]

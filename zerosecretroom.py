@@ -202,6 +202,9 @@ class Limits:
     frames_at_once: int = 4000  # of one device after a silence: what a page brings that was away for long
     bytes_a_second: int = 32 << 20  # of one device in the long run: 270 Mbit/s
     bytes_at_once: int = 64 << 20  # of one device after a silence: a file of the largest size
+    checks_a_second: int = 650  # signatures checked for one device in the long run: a tenth of a core, 0.15 ms each
+    checks_at_once: int = 4096  # of one device after a silence: who brings back a room of 1,024 shows 3,072
+    checks_unlisted: int = 256  # for one hello of a device not listed, before the next of what it brings is passed over
     rotation_seconds: float = 10.0  # s between two commits on an unchanged roster
     resync_seconds: float = 60.0  # s between two resyncs of one device under one head
     upkeep_seconds: float = 3.0  # s between looks at the certificate's files and its end: two calls of stat
@@ -1447,10 +1450,10 @@ def _grounded(devices: Mapping[bytes, Listed]) -> None:
 class Verifier:
     """Checks signed objects; remembers a bounded number of those that held."""
 
-    __slots__ = ("_heads", "_limits", "_listings", "_signatures")
+    __slots__ = ("_heads", "_limits", "_listings", "_signatures", "checked")
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self._limits, self.checked = limits, 0  # signatures that were not remembered, good or not
         self._signatures: Recent[bytes, bool] = Recent(limits.signatures)
         self._listings: Recent[bytes, Listing] = Recent(limits.cache_bytes)
         self._heads: Recent[bytes, Head] = Recent(limits.cache_bytes)
@@ -1460,6 +1463,7 @@ class Verifier:
         name = hashlib.sha256(key + sig + enc(label, m)).digest()
         if self._signatures.get(name):
             return
+        self.checked += 1
         must(verify_signature(key, label, m, sig), f"{label} signature does not verify")
         self._signatures.put(name, True)
 
@@ -1768,20 +1772,23 @@ def uncount(counter: Counter[str], key: str) -> None:
 
 
 class Pace:
-    """How much a device may send at once: frames and bytes, which time brings back. What one message brings is taken
-    whole and may go below nothing; then nothing is read until it is made up for."""
+    """How much a device may send at once: frames, bytes and signatures to be checked, which time brings back. What one
+    message brings is taken whole and may go below nothing; then nothing is read until it is made up for."""
 
-    __slots__ = ("_at", "_frames", "_size")
+    __slots__ = ("_at", "_frames", "_size", "checks")
 
     def __init__(self, limits: Limits, now: float) -> None:
         self._frames, self._size, self._at = float(limits.frames_at_once), float(limits.bytes_at_once), now
+        self.checks = float(limits.checks_at_once)  # signatures that may be checked yet
 
-    def spend(self, frames: int, size: int, limits: Limits, now: float) -> float:
+    def spend(self, frames: int, size: int, checks: int, limits: Limits, now: float) -> float:
         """Seconds until the next message may be read."""
         passed, self._at = now - self._at, now
         self._frames = min(self._frames + passed * limits.frames_a_second, limits.frames_at_once) - frames
         self._size = min(self._size + passed * limits.bytes_a_second, limits.bytes_at_once) - size
-        return max(-self._frames / limits.frames_a_second, -self._size / limits.bytes_a_second, 0.0)
+        self.checks = min(self.checks + passed * limits.checks_a_second, limits.checks_at_once) - checks
+        late = -self._frames / limits.frames_a_second, -self._size / limits.bytes_a_second
+        return max(*late, -self.checks / limits.checks_a_second, 0.0)
 
 
 class Peer:
@@ -2085,6 +2092,7 @@ class Rooms:
         self.names = names  # of hosts under which a login counts; another certificate may bring others
         self._random, self._wall = random, wall
         self._verifier = Verifier(limits)
+        self._unlisted = Pace(limits, 0.0)  # of all devices that no head lists together: each has as many as it likes
         self._purse = Purse()
         self._rooms: dict[bytes, Room] = {}
         self._idle: dict[bytes, Room] = {}  # without a socket, the longest so first
@@ -2159,6 +2167,7 @@ class Rooms:
         if peer is None:
             return []
         count = asked = 0
+        checked = self._verifier.checked
         for message in messages:
             frames: list[bytes] = []
             try:
@@ -2171,7 +2180,8 @@ class Rooms:
                     self._cut_off(peer, now)
                 if conn in self._peers:
                     asked += self._frame(peer, data, now)
-        if wait := peer.pace.spend(count, sum(map(len, messages)) + asked, self._limits, now):
+        size, checks = sum(map(len, messages)) + asked, self._verifier.checked - checked
+        if wait := peer.pace.spend(count, size, checks, self._limits, now):
             self._slow_down(peer, wait)
         return self._out
 
@@ -2525,11 +2535,23 @@ class Rooms:
             (self._take_revoke, hello.revokes),
             (self._take_invite, hello.invites),
         ]
+        before, listed = self._verifier.checked, peer.dev in peer.room.seats
+        most = self._checks_unlisted(now) if not listed else sys.maxsize
         for take, objects in takers:
             for each in objects:
+                if self._verifier.checked - before >= most:
+                    break
                 with suppress(PeerFault):
                     take(peer, each, now)
+        if not listed:
+            self._unlisted.spend(0, 0, self._verifier.checked - before, self._limits, now)
         self._answer_newcomers(peer.room)
+
+    def _checks_unlisted(self, now: float) -> float:
+        """Signatures that a hello of a device not listed may have checked. Rosters of its own making would keep
+        everybody waiting, and the wait for its next message would be none: it is turned away and comes as another."""
+        self._unlisted.spend(0, 0, 0, self._limits, now)
+        return min(self._unlisted.checks, self._limits.checks_unlisted)
 
     def _admit(self, peer: Peer, hello: UpHello, now: float) -> None:
         room, limits = peer.room, self._limits
@@ -2555,7 +2577,7 @@ class Rooms:
         missed = [Send((peer.conn,), entry.frame) for entry in room.log if entry.no > skipped]
         self._out.extend(missed)
         if before is peer:  # it was told already, and no page asks again on one socket: each counts like one it sends
-            peer.pace.spend(len(missed), 0, limits, now)
+            peer.pace.spend(len(missed), 0, 0, limits, now)
         for _, _, frame in (seat.directs or {}).values():
             self._out.append(Send((peer.conn,), frame))
         self._tell(peer, DownReady(room.head.ch if room.head else ZERO32, room.online()))
