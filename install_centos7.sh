@@ -35,7 +35,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=c26a3b05a8268973686281c1d1d55f3995dd0d0c4c377e35f9f633dd873b985d
+  SHA256_PROGRAM=73b66bcbf7f42488adb468887c927cb1b77154019426d0a180634c4bd93dd10d
   SHA256_PAGE=7f1c04a3718ac7a3b8856cc994015f3b4dbcb4ff52d280604781cca44ac476ec
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

@@ -5853,7 +5853,7 @@ def test_when_bytes_run_out_absent_devices_lose_the_earliest_and_present_ones_no
 
 
 def test_rooms_nobody_is_in_make_place_for_those_in_use(home: House) -> None:
-    desk = full_desk(home, max_memory=120_000)
+    desk = full_desk(home, max_memory=160_000)
     desk.say("ann", post(home, ct=bytes(30_000)))
     for name in ("ann", "ben", "cat"):
         desk.leave(name)
@@ -5865,6 +5865,57 @@ def test_rooms_nobody_is_in_make_place_for_those_in_use(home: House) -> None:
     assert desk.rooms.counts()["rooms"] == 1
     assert desk.rooms._purse.used == counted(desk.room)
     assert refused(desk, "a", post(other, ct=bytes(40_000))) == "full"
+
+
+def guest(desk: Desk, name: str) -> House:
+    """Another room at the same relay; two of its three are away."""
+    other, path = house(), desk.path
+    desk.path = zsr.b64u(other.room)
+    desk.come(name, other.ann, other.made)
+    desk.path = path
+    return other
+
+
+def fill_up(desk: Desk, name: str, home: House) -> None:
+    """Posts until the relay takes no more, of whatever size."""
+    for size in (20_000, 2_000, 200, 0):
+        while not faults(desk.say(name, post(home, ct=bytes(size)))):
+            desk.now += 1.0
+
+
+def test_who_fills_the_relay_with_a_room_of_its_own_makes_place_for_smaller_ones(home: House) -> None:
+    desk = full_desk(home, max_memory=400_000)
+    evil = guest(desk, "eve")
+    fill_up(desk, "eve", evil)
+    large = desk.rooms._rooms[evil.room]
+    before = large.used
+    desk.say("eve", zsr.UpAck(RUN, large.next - 1))
+    told = desk.say("ann", post(home, 5, bytes(10_000)))
+    assert (("eve",), zsr.DownFault(0, "full", zsr.NOT_KEPT, 5000)) in told, "nothing goes in silence"
+    assert heard(told, "ann")[-1] == zsr.DownSent(5, 2)
+    assert large.log[0].no > 1, "the earliest"
+    assert 10_000 < before - large.used < 60_000, "and little more than is needed"
+    assert refused(desk, "eve", post(evil, ct=bytes(60_000))) == "full", "the largest waits"
+
+
+def test_a_larger_room_loses_nothing_that_its_present_members_lack(home: House) -> None:
+    desk = full_desk(home, max_memory=400_000, slow_seconds=1e6)
+    evil = guest(desk, "eve")
+    fill_up(desk, "eve", evil)
+    assert refused(desk, "ann", post(home, ct=bytes(10_000))) == "full"
+    desk.say("eve", zsr.UpAck(RUN, desk.rooms._rooms[evil.room].next - 1))
+    assert refused(desk, "ann", put(0, 1, bytes(10_000))) == "full", "files crowd out no message"
+    told = desk.say("ann", post(home, ct=bytes(10_000)))
+    assert heard(told, "ann")[-1] == zsr.DownSent(1, 2)
+
+
+def test_full_rooms_leave_place_for_connections(home: House) -> None:
+    desk = full_desk(home, max_memory=400_000, conn_bytes=10_000)
+    fill_up(desk, "ann", home)
+    taken = [desk.rooms.charge(10_000) for _ in range(8)]
+    assert taken == [True] * 7 + [False], "a quarter of what both have"
+    desk.rooms.charge(-80_000)
+    assert desk.rooms._purse.used == desk.room.used
 
 
 def test_an_envelope_or_frame_beyond_the_limits_is_refused(home: House) -> None:
@@ -15561,7 +15612,7 @@ def test_what_time_ended_goes_within_a_second_where_bytes_run_out(home: House) -
         return len(desk.room.log)
 
     assert held() == 3
-    assert held(max_memory=110_000) == 1
+    assert held(max_memory=150_000) == 1
 
 
 def test_what_time_ended_goes_a_few_rooms_at_a_time() -> None:
@@ -15941,6 +15992,18 @@ def test_the_memory_of_connections_counts() -> None:
         for _ in range(4):
             raw_handshake(stack.enter_context(link.raw()))
         assert ended(stack.enter_context(link.raw()))
+
+
+def test_the_page_comes_from_a_relay_whose_rooms_are_full(home: House) -> None:
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(LinkThread(page=b"<!doctype html>", max_memory=1_000_000, conn_bytes=20_000))
+        ann = stack.enter_context(present(link, home.ann, home.made))
+        for size in (100_000, 10_000, 1_000, 0):
+            ann.say(*(envelope(home, size, ref) for ref in range(12)))
+            assert ann.hear(zsr.DownFault).code == "full"
+        with link.raw() as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert raw.recv(15) == b"HTTP/1.1 200 OK"
 
 
 # --------------------------------------------------------------------------------------------------------- being seen --

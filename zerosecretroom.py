@@ -182,6 +182,7 @@ class Limits:
     busy_retry_ms: int = 15_000  # ms after which they may try again
     unsent: int = 65_536  # bytes that the system takes of a peer beyond what its line carries just now
     conn_bytes: int = 65_536  # bytes charged for a connection: 27 KB were measured; busy ones take twice that
+    connection_share: float = 0.25  # of what rooms and connections have, kept for the latter: full rooms shut no door
     link_share: float = 0.25  # of all memory, for what comes and goes; beyond, whoever holds most of it is cut
     link_least: int = 16 << 20  # bytes of that in any case: four of the largest messages
     messages_at_once: int = 16  # of one socket, before it is seen how much it asked for
@@ -221,6 +222,11 @@ class Limits:
     def for_rooms(self) -> int:
         """Bytes for rooms, and for connections as such."""
         return int(self.max_memory * (1 - self.link_share))
+
+    @property
+    def for_connections(self) -> int:
+        """Bytes of these that rooms leave free for connections to come."""
+        return min(self.connections * self.conn_bytes, int(self.for_rooms * self.connection_share))
 
     @property
     def for_passage(self) -> int:
@@ -2088,12 +2094,13 @@ class Rooms:
         wall: Callable[[], int],
     ) -> None:
         self._limits, self._identity, self._run = limits, identity, run
-        self._for_rooms = limits.for_rooms
+        self._for_rooms, self._for_connections = limits.for_rooms, limits.for_connections
         self.names = names  # of hosts under which a login counts; another certificate may bring others
         self._random, self._wall = random, wall
         self._verifier = Verifier(limits)
         self._unlisted = Pace(limits, 0.0)  # of all devices that no head lists together: each has as many as it likes
         self._purse = Purse()
+        self._linked = 0  # bytes of connections in it
         self._rooms: dict[bytes, Room] = {}
         self._idle: dict[bytes, Room] = {}  # without a socket, the longest so first
         self.refusals: Counter[str] = Counter()  # by code, for the operator
@@ -2227,7 +2234,7 @@ class Rooms:
 
     def _due(self, now: float) -> list[bytes]:
         """The rooms whose turn it is: as many of all as time has passed of that in which each has its turn."""
-        pressed = self._purse.used > self._for_rooms * self._limits.pressed_share
+        pressed = self._in_use() > self._for_rooms * self._limits.pressed_share
         span = self._limits.pressed_seconds if pressed else self._limits.sweep_seconds
         passed, self._swept = now - self._swept, now
         if passed >= span:
@@ -2244,6 +2251,7 @@ class Rooms:
     def charge(self, size: int) -> bool:
         """Counts bytes of connections. Rooms that nobody is in make place for them; False: that is not enough."""
         self._purse.used += size
+        self._linked += size
         idle = self._largest_idle(self._purse.used - self._for_rooms) if size > 0 else []
         for room in idle or ():
             self._forget_room(room)
@@ -2378,20 +2386,41 @@ class Rooms:
     # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _afford(self, room: Room, need: int, now: float, share: float = 1.0) -> None:
         """Makes room for `need` bytes, or raises Full and leaves all as it was. First goes what all have; then the
-        earliest that only absent or silent devices lack; then rooms that nobody is in. Files make nothing go."""
+        earliest that only absent or silent devices lack; then rooms that nobody is in, or where they do not suffice the
+        earliest in a larger room. Files make nothing go but rooms that nobody is in."""
         limits = self._limits
-        if max(room.used - share * limits.max_room_memory, self._purse.used - share * self._for_rooms) + need <= 0:
+        if max(room.used - share * limits.max_room_memory, self._in_use() - share * self._for_rooms) + need <= 0:
             return
         room.trim()
         count = room.spare(room.used + need - limits.max_room_memory, now) if share == 1.0 else 0
         if count is None or (share < 1.0 and room.used + need > share * limits.max_room_memory):
             raise Full("this room holds as much as it may", limits.full_retry_ms)
-        idle = self._largest_idle(self._purse.used + need - int(share * self._for_rooms))
-        if idle is None:
+        short = self._in_use() + need - int(share * self._for_rooms)
+        idle = self._largest_idle(short)
+        larger = self._largest_log(room, short, now) if idle is None and share == 1.0 else None
+        if idle is None and larger is None:
             raise Full("this relay holds as much as it may", limits.full_retry_ms)
         self._tell_posters(room, room.forget(count), now)
-        for each in idle:
+        if larger:
+            self._tell_posters(larger[0], larger[0].forget(larger[1]), now)
+        for each in idle or ():
             self._forget_room(each)
+
+    def _in_use(self) -> int:
+        """Bytes of rooms and connections, and those that are kept for connections yet to come: a relay full of what
+        one of its guests wrote still opens its door to all others."""
+        return self._purse.used + max(self._for_connections - self._linked, 0)
+
+    def _largest_log(self, room: Room, short: int, now: float) -> tuple[Room, int] | None:
+        """The largest room, above this one, whose earliest entries may go for `short` bytes, and how many of them: or
+        whoever fills a room or two would silence all the rest. None where there is none. It frees a little more, so
+        that a full relay does not look through all rooms for each message."""
+        larger = [each for each in self._rooms.values() if each.used > room.used]
+        for each in sorted(larger, key=lambda each: each.used, reverse=True):
+            count = each.spare(short + self._for_rooms // 1024, now) or each.spare(short, now)
+            if count:
+                return each, count
+        return None
 
     def _largest_idle(self, short: int) -> list[Room] | None:
         """Rooms that nobody is in, the largest first, which free `short` bytes; None where they do not suffice. They
