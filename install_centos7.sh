@@ -35,7 +35,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=73b66bcbf7f42488adb468887c927cb1b77154019426d0a180634c4bd93dd10d
+  SHA256_PROGRAM=e1d030669b9853f142ae954827ef2c379434adcd95cd43bbff00cd92783a0e8b
   SHA256_PAGE=7f1c04a3718ac7a3b8856cc994015f3b4dbcb4ff52d280604781cca44ac476ec
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

@@ -15834,6 +15834,14 @@ def test_chunks_have_a_window_and_are_never_too_much(home: House) -> None:
     assert [type(frame) for frame in heard(told, "ben")] == [zsr.DownChunk] * 9 + [zsr.DownPong] * 2
 
 
+def test_who_was_let_go_is_not_refused_again_for_what_came_with_it(home: House) -> None:
+    desk = Desk(home.room)
+    desk.rooms.enter("x", desk.path, desk.now)
+    told = desk.told(desk.rooms.handle_all("x", [b"", b"", b""], desk.now))
+    assert faults(told) == ["bad"]
+    assert told[-1] == (("x",), zsr.Close("x", 4001, "bad"))
+
+
 @pytest.mark.parametrize("again", [zsr.UpHead(), hello()])
 def test_what_is_asked_for_again_counts_for_the_pace(home: House, again: Any) -> None:
     desk = full_desk(home, bytes_at_once=10_000, bytes_a_second=1000)

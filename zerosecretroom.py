@@ -2176,6 +2176,8 @@ class Rooms:
         count = asked = 0
         checked = self._verifier.checked
         for message in messages:
+            if conn not in self._peers:
+                break
             frames: list[bytes] = []
             try:
                 frames = split_frames(message, self._limits.frames_a_message)
