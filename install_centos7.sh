@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=e1d030669b9853f142ae954827ef2c379434adcd95cd43bbff00cd92783a0e8b
-  SHA256_PAGE=7f1c04a3718ac7a3b8856cc994015f3b4dbcb4ff52d280604781cca44ac476ec
+  SHA256_PAGE=8aef36d14da20b131c97b6fd89fb1adbbaf0f776248e1f20bbfa2da283feab67
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
