@@ -157,10 +157,13 @@ def sha256(data: bytes) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Below those that the system gives to sockets that call: one of these could take it before the relay does, or while
+    the relay is dead."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 # ------------------------------------------------------------------------------------------------------------- media --
@@ -1193,8 +1196,8 @@ class Relays:
         return made
 
     def take(self) -> Relay:
-        taken, self.waiting = self.waiting.ready(), self.begun()
-        return taken
+        taken, self.waiting = self.waiting, self.begun()
+        return taken.ready()
 
 
 @pytest.fixture(scope="session")
