@@ -38,7 +38,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=e1d030669b9853f142ae954827ef2c379434adcd95cd43bbff00cd92783a0e8b
-  SHA256_PAGE=61b410e2f9189628968f32e97329a31909b1218e581cef59a14e3989d80eabf2
+  SHA256_PAGE=f87d05fd5625286dff8dbea4251d301b0966f0e45f5699eeb25f379ea59ec53d
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

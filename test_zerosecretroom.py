@@ -7005,6 +7005,25 @@ const StoreCases = (() => {
     async reads() {
       return list(await (await Store.open('reload', sealedWith(new Uint8Array(32)))).meta('me'));
     },
+    /** hurries: one number after another is written until the page is left; the last one asked of the store is told. */
+    async hurries() {
+      const store = await Store.open('hurries', sealedWith(new Uint8Array(32))), {put} = IDBObjectStore.prototype;
+      let no = Number(localStorage.asked ?? 0);
+      IDBObjectStore.prototype.put = function asked(...given) {
+        localStorage.asked = no;
+        return put.apply(this, given);
+      };
+      const write = () => store.tx([meta('me', ++no >> 8, no & 255)]);
+      const hurry = async () => { for (;;) await write(); };
+      await write();
+      hurry().catch(() => undefined);                              // it ends with the page
+    },
+    async hurried() {
+      const store = await Store.open('hurries', sealedWith(new Uint8Array(32)));
+      const late = new Promise((tell) => setTimeout(() => tell([0, 0]), 15_000));
+      const [high, low] = await Promise.race([store.meta('me'), late]);
+      return {asked: Number(localStorage.asked), kept: 256 * high + low};
+    },
   };
 })();
 """
@@ -7203,6 +7222,24 @@ class TestDisk:
         assert user.js("StoreCases.writes(7)") == [7]
         user.reload()
         assert user.js("StoreCases.reads()") == [7]
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_a_page_left_in_the_midst_of_writing_keeps_what_was_asked_and_nobody_from_its_storage(
+        self, arrive: Callable[..., User], store_page: BlocksPage, engine: str
+    ) -> None:
+        """WebKit keeps a transaction of a page that was left, and no other page gets its tables, ever.
+
+        Seen to fail without: commit in the store's finish (Chromium too, which lost it); abort in its leave (WebKit).
+        """
+        user = arrive(engine)
+        for _ in range(12):
+            user.goto(store_page.url)
+            user.js("StoreCases.hurries()")
+            user.goto("about:blank")
+            user.goto(store_page.url)
+            found = user.js("StoreCases.hurried()")
+            last = found["asked"] - found["kept"]
+            assert last == 0 or (engine == "firefox" and last == 1), found  # Firefox is not told to commit
 
     def test_a_full_disk_is_told_and_what_was_there_stays(self, browsers: Browsers, store_page: BlocksPage) -> None:
         user = browsers["chromium"].user()
@@ -18470,13 +18507,13 @@ def test_attack_37_of_two_tabs_one_works_and_the_other_may_take_over(arrive: Arr
 
 @on_engines("webkit")
 def test_a_page_that_is_left_keeps_nobody_from_its_storage(arrive: Arrive, relay: Relay, engine: str) -> None:
-    """Seen to fail without giving up what is under way (connection in the store): two in a hundred were blank for ever."""
+    """A whole room, of what TestDisk shows of the store: two such returns in a hundred were blank for ever."""
     ann = arrive(engine)
     make_room(ann, relay)
     write(ann, "still here")
     hears(ann, "still here")
     there = ann.js("location.href")
-    for _ in range(12):
+    for _ in range(5):
         ann.goto("about:blank")
         ann.goto(there)
         hears(ann, "still here")
