@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=e1d030669b9853f142ae954827ef2c379434adcd95cd43bbff00cd92783a0e8b
-  SHA256_PAGE=f87d05fd5625286dff8dbea4251d301b0966f0e45f5699eeb25f379ea59ec53d
+  SHA256_PROGRAM=cd21b920db0df3ff8f69393517d6215ba977ea00b65653aab0bc3045134bd573
+  SHA256_PAGE=d8b26b53b814a6390b8a53ba96c8d76b1ed55a366b12846dcd6cdd4af0c408e4
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

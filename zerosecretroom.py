@@ -1628,9 +1628,9 @@ class Verifier:
 
     def leaps(self, new: Head, old: Head) -> None:
         """Raises Forged for numbers so far ahead that they use up what there is: a head from another branch."""
-        most, one, two = self._limits.leap, old, new
-        must(two.commit.epoch - one.commit.epoch <= most, "epoch leaps")
-        must(two.listing.roster.no - one.listing.roster.no <= most, "roster number leaps")
+        most = self._limits.leap
+        must(new.commit.epoch - old.commit.epoch <= most, "epoch leaps")
+        must(new.listing.roster.no - old.listing.roster.no <= most, "roster number leaps")
 
     def follows(self, new: Head, old: Head, wall_ms: int, asked: frozenset[bytes]) -> None:
         """What a commit may change upon its parent; `asked` are devices whose own member asked to see them go."""
