@@ -37,7 +37,7 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=cd21b920db0df3ff8f69393517d6215ba977ea00b65653aab0bc3045134bd573
+  SHA256_PROGRAM=29f69c95d5b4ad89c1814dc13c49794c19c29a9fc358e85d3744420b1fefba71
   SHA256_PAGE=d8b26b53b814a6390b8a53ba96c8d76b1ed55a366b12846dcd6cdd4af0c408e4
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'

@@ -8967,6 +8967,30 @@ class TestMembership:
         assert lab.room(cleo)["notes"] == []
         agree(lab, room, [bob, cleo], [])
 
+    def test_a_removal_is_judged_by_the_wish_that_comes_with_it_after_a_relay_restart(self, lab: Laboratory) -> None:
+        """Who was away is back first, and the relay knows of no wish.
+
+        Seen to fail without: _wished in the relay's _hello; the wishes of its _advance (cleo refuses the commit).
+        """
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.do(ana, "makeAdmin", member=lab.member(ana, bob)["id"])
+        lab.settle(8)
+        lab.away(cleo)
+        lab.do(ana, "leaveRoom")
+        lab.settle(12)
+        for name in (ana, bob):
+            lab.away(name)
+        lab.kill()
+        lab.start(cleo)
+        lab.settle(8)
+        lab.do(cleo, "send", text="anybody here?")
+        lab.start(bob)
+        lab.settle(12)
+        assert {m["name"] for m in lab.room(cleo)["members"]} == {bob, cleo}
+        lab.do(bob, "send", text="I am")
+        lab.settle(8)
+        agree(lab, room, [bob, cleo], ["anybody here?", "I am"])
+
     def test_a_lost_phone_is_put_out_at_once_and_for_good(self, lab: Laboratory) -> None:
         room, (ana, bob, cleo) = room_of_three(lab)
         (phone,) = fresh("phone")

@@ -2541,10 +2541,11 @@ class Rooms:
         new = self._verifier.unit(room.id, hello.unit, room.head) if hello.unit and not known else None
         if new and peer.dev in new.listing.devices and (room.head is None or preferred(new, room.head)):
             if room.head and new.commit.parent == room.head.ch:
-                self._verifier.follows(new, room.head, self._wall(), room.asked_out(UNLINK, LEAVE))
+                wished = room.asked_out(UNLINK, LEAVE) | self._wished(room, hello)
+                self._verifier.follows(new, room.head, self._wall(), wished)
             elif room.head:
                 self._verifier.leaps(new, room.head)
-            self._advance(peer, new, hello.unit, now)
+            self._advance(peer, new, hello.unit, now, hello.requests)
         if room.head is None:
             self._tell_fault(peer, PeerFault("unknown", "room is not known here: a member brings it back"))
             return
@@ -2556,6 +2557,16 @@ class Rooms:
             self._turn_away(peer, "this device is not listed", now)
             return
         self._admit(peer, hello, now)
+
+    def _wished(self, room: Room, hello: UpHello) -> frozenset[bytes]:
+        """Devices that their own member asked to have out, as a hello shows: after a restart this relay knows of no
+        wish, and the commit that answers one comes with it."""
+        wished = set[bytes]()
+        for signed in hello.requests:
+            with suppress(PeerFault):
+                asked = self._read_request(room, signed)
+                wished |= asked.devs if asked.request.kind in (UNLINK, LEAVE) else set()
+        return frozenset(wished)
 
     def _hear(self, peer: Peer, hello: UpHello, now: float) -> None:
         """Second-hand objects of a hello: each counts by its own signature, one that no longer fits is passed over."""
@@ -2668,15 +2679,19 @@ class Rooms:
             answered = [dev for dev, slot in new.slots.items() if slot.type == 1 and dev in room.resyncs]
             must(bool(answered), "rotation is for admins here, and answers no resync")
 
-    def _advance(self, by: Peer, new: Head, uploaded: bytes, now: float) -> int:
+    def _advance(self, by: Peer, new: Head, uploaded: bytes, now: float, wishes: Sequence[Signed] = ()) -> int:
         """Takes a new head: all present see its commit, then those it leaves out are turned away, those it brings in
-        are shown it, and what it settles is dropped."""
+        are shown it, and what it settles is dropped. `wishes` are heard while those who made them are listed yet:
+        members judge a removal by the wish that it answers."""
         room = by.room
         no = room.next
         frame = encode_frame(DownCommit(no, 2, uploaded))
         before = room.cost_of_head(room.head, len(room.seats))
         growth = room.cost_of_head(new, len(new.listing.devices)) - before
         self._afford(room, room.cost(frame) + growth, now)
+        for wish in wishes:
+            with suppress(PeerFault):
+                self._take_request(by, wish, now)
         self._out.extend([Send(room.members(), frame)] if room.members() else [])
         room.append(frame, now)
         room.charge(growth)
@@ -2996,12 +3011,15 @@ class Rooms:
     def _request(self, peer: Peer, frame: UpRequest, now: float) -> None:
         self._take_request(peer, frame.request, now)
 
-    def _take_request(self, peer: Peer, signed: Signed, now: float) -> None:
-        room, request, limits = peer.room, decode(Request, signed.m), self._limits
+    def _read_request(self, room: Room, signed: Signed) -> Asked:
+        request = decode(Request, signed.m)
         listed = self._listed(room, request.room, request.dev, "request")
         self._verifier.signature(listed.sigpub, "request", signed.m, signed.sig)
-        asked = Asked(request, signed, self._about(room, request, listed))
-        name = Hl("request", signed.m)
+        return Asked(request, signed, self._about(room, request, listed))
+
+    def _take_request(self, peer: Peer, signed: Signed, now: float) -> None:
+        room, limits, asked = peer.room, self._limits, self._read_request(peer.room, signed)
+        request, name = asked.request, Hl("request", signed.m)
         if name in room.requests:
             return
         if request.expiry <= self._wall():
