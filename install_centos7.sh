@@ -36,7 +36,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=29f69c95d5b4ad89c1814dc13c49794c19c29a9fc358e85d3744420b1fefba71
-  SHA256_PAGE=d8b26b53b814a6390b8a53ba96c8d76b1ed55a366b12846dcd6cdd4af0c408e4
+  SHA256_PAGE=56aff25db6b25af833a03373c4109f6e492779f46b55342d6948281654dd5a5f
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
