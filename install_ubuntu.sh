@@ -37,8 +37,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=29f69c95d5b4ad89c1814dc13c49794c19c29a9fc358e85d3744420b1fefba71
-  SHA256_PAGE=56aff25db6b25af833a03373c4109f6e492779f46b55342d6948281654dd5a5f
+  SHA256_PROGRAM=a5d190ab63c4ad4de08223655d7b8254bf243b8a3e8a990c418e3d88c72b672f
+  SHA256_PAGE=61aa74733ad4531f986aa48cb4142787b6827b7cfbccb8d608f94f9725ad1624
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

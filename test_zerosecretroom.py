@@ -5714,6 +5714,14 @@ def test_a_file_beyond_the_limit_passes_through_a_window(stream: Stream) -> None
     assert stream.file.size == 0, "until it is there for certain"
 
 
+def test_a_connection_that_has_ended_is_not_held_by_the_chunks_that_came_of_it(stream: Stream) -> None:
+    stream.puts(0)
+    stream.puts(1)
+    stream.desk.leave("ann")
+    assert [by for by, _, _ in stream.file.puts.values()] == [None, None]
+    assert stream.get("ben", 0, 2) == [(("ben",), stream.chunk(0)), (("ben",), stream.chunk(1))], "nobody is answered"
+
+
 def test_what_was_under_way_to_a_connection_that_broke_comes_again_from_the_relay(stream: Stream, home: House) -> None:
     for n in range(5):
         stream.puts(n)
@@ -8189,6 +8197,26 @@ class TestConversation:
         agree(lab, room, [ana, bob], ["hello\nBob", "hi \U0001f600"])
         assert {m["state"] for m in lab.room(ana)["messages"] if m["mine"] and m["kind"] == "text"} == {"delivered"}
 
+    @pytest.mark.parametrize("history", [0, 2], ids=["nothing earlier", "everything"])
+    def test_what_was_written_to_nobody_is_delivered_when_somebody_has_it(self, lab: Laboratory, history: int) -> None:
+        """Alone in a room nothing can be delivered: what is written offline waits for who may read it later."""
+        ana, bob = fresh("ana", "bob")
+        lab.start(ana, bob)
+        lab.create(ana)
+        lab.do(ana, "policy", history=history)
+        lab.settle(4)
+        lab.do(ana, "send", text="hello?")
+        lab.settle(2)
+        assert message(lab, ana, "hello?")["state"] == "sent"
+        lab.cut(ana)
+        assert message(lab, ana, "hello?")["state"] == "sending"
+        lab.settle(20)
+        lab.join(ana, bob)
+        lab.settle(10)
+        told = message(lab, ana, "hello?")
+        assert (told["state"], told["held"]) == (("delivered", [bob]) if history else ("sent", []))
+        assert lab.texts(bob) == (["hello?"] if history else [])
+
     def test_what_was_written_offline_goes_out_after_a_reload(self, lab: Laboratory) -> None:
         room, people = room_of_three(lab)
         lab.cut(people[1])
@@ -10234,6 +10262,17 @@ class TestDisappearing:
         lab.settle(60)
         assert lab.texts(bob) == ["stays"]
 
+    def test_the_authors_time_does_not_run_out_before_the_relay_has_it(self, lab: Laboratory) -> None:
+        room, (ana, bob, cleo) = room_of_three(lab)
+        lab.cut(ana)
+        lab.do(ana, "send", text="from the tunnel", expires=5)
+        for _ in range(30):
+            lab.tick(1.0)
+        assert (lab.texts(ana), message(lab, ana, "from the tunnel")["state"]) == (["from the tunnel"], "sending")
+        lab.settle(60)
+        assert [lab.texts(name) for name in (bob, cleo)] == [["from the tunnel"]] * 2
+        assert self.bodies(lab, ana, room) == []
+
     def test_what_nobody_looks_at_for_four_weeks_counts_as_seen(self, lab: Laboratory) -> None:
         room, (ana, bob, _) = room_of_three(lab)
         lab.do(ana, "send", text="unseen", expires=5)
@@ -10847,6 +10886,13 @@ def test_a_jpeg_keeps_its_picture_and_which_way_is_up_alone(luggage: Node, orien
         assert one.tobytes() == other.tobytes()
         assert dict(one.getexif()) == ({} if orientation == 1 else {0x0112: orientation})
     assert len(stripped) < len(photo)
+
+
+def test_a_photo_under_a_wrong_name_is_known_by_what_is_in_it(luggage: Node) -> None:
+    """Whoever strips reads it as a JPEG first, and what is none in the other way."""
+    webp = photo_with_place("WEBP")
+    assert luggage.call("Strip.jpeg", webp) is None
+    assert b"GPS" not in b"".join(luggage.call("Strip.boxed", webp))
 
 
 @pytest.mark.parametrize("how", [{}, {"progressive": True}, {"comment": b"\xff\xc0 no frame", "quality": 5}])
@@ -14191,6 +14237,28 @@ def test_the_certificate_is_what_browsers_take() -> None:
     made.verify_directly_issued_by(made)
 
 
+def test_a_certificate_of_a_clock_that_went_ahead_is_made_anew(tmp_path: Path) -> None:
+    ahead = zsr.load_or_make_certificate(tmp_path, ["localhost"], NOW + datetime.timedelta(days=400))
+    assert zsr.load_or_make_certificate(tmp_path, ["localhost"], NOW) != ahead
+
+
+@pytest.mark.parametrize(
+    ("hosts", "names", "known"),
+    [
+        (["example.org"], [], {"example.org"}),
+        (["example.org", "192.0.2.1"], ["chat.example"], {"example.org", "192.0.2.1", "chat.example"}),
+        (["example.org", "*.example.org"], [], set()),
+        (["example.org", "*.example.org"], ["chat.example.org"], {"chat.example.org"}),
+    ],
+)
+def test_logins_count_under_the_names_of_a_certificate_that_lists_them_all(
+    hosts: list[str], names: list[str], known: set[str]
+) -> None:
+    options = zsr.read_options(["--cert", "chain.pem", "--key", "key.pem", *(f"--name={name}" for name in names)], {})
+    certificate = zsr.build_certificate(ec.generate_private_key(ec.SECP256R1()), hosts, NOW)
+    assert zsr.known_names(options, certificate) == known
+
+
 def test_a_certificate_is_kept_until_it_ends_soon_or_names_are_added_and_always_with_its_key(tmp_path: Path) -> None:
     first = zsr.load_or_make_certificate(tmp_path, ["localhost"], NOW)
     assert zsr.load_or_make_certificate(tmp_path, ["localhost"], NOW + datetime.timedelta(days=700)) == first
@@ -14953,6 +15021,7 @@ def tls_socket(relay: Relay, context: ssl.SSLContext) -> ssl.SSLSocket:
         (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", b"400"),
         (b"\r\n\r\n", b"400"),
         (b"GET /healthz HTTP/1.0\r\n\r\n", b"200"),
+        (b"GET / HTTP/1.1\r\nHost: chat_room.lan\r\n\r\n", b"200"),
         (b"GET / HTTP/1.1\r\nHost: a\r\nCookie: " + b"x" * 20_000, b"431"),
         (b"GET /ws/aaa HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n\r\n", b"426"),
         (b"GET /ws/aaa HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", b"400"),
@@ -14984,7 +15053,9 @@ def test_alpn_offers_http_1_1_and_tls_begins_at_1_2(lasting_relay: Relay) -> Non
     context.set_alpn_protocols(["h2", "http/1.1"])
     with tls_socket(lasting_relay, context) as tls:
         assert tls.selected_alpn_protocol() == "http/1.1"
-    assert zsr.tls_context(lasting_relay.state / zsr.TLS_CERT, lasting_relay.state / zsr.TLS_KEY).minimum_version == 771
+    context = zsr.tls_context(lasting_relay.state / zsr.TLS_CERT, lasting_relay.state / zsr.TLS_KEY)
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert (context.num_tickets, context.options & ssl.OP_NO_TICKET) == (0, ssl.OP_NO_TICKET)
 
 
 def test_plain_http_is_led_to_https(lasting_relay: Relay) -> None:
@@ -15253,8 +15324,12 @@ class LinkThread:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self.ended.set)
+        if self.thread.is_alive():
+            self.stop()
         self.thread.join(PATIENCE)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.ended.set)
 
     def socket_url(self, room_path: str) -> str:
         return f"ws://127.0.0.1:{self.port}/ws/{room_path}"
@@ -15407,6 +15482,18 @@ def test_a_page_comes_whole_through_the_slowest_line() -> None:
         begun = asks_for_page(link, slow)
         eventually(lambda: link.link._swept > begun + 1, "the relay looked at it long after a farewell's time")
         assert sum(map(len, iter(lambda: slow.recv(1 << 20), b""))) > len(LONG_PAGE)
+
+
+def test_a_page_on_its_way_comes_whole_though_the_relay_stops() -> None:
+    """Also where nobody had been connected for a moment before."""
+    with LinkThread(page=LONG_PAGE) as link:
+        with link.raw() as gone:
+            asks_for_page(link, gone)
+        eventually(lambda: not link.link._conns, "its connection is gone")
+        with link.raw() as slow:
+            asks_for_page(link, slow)
+            link.stop()
+            assert sum(map(len, iter(lambda: slow.recv(1 << 20), b""))) > len(LONG_PAGE)
 
 
 def test_who_never_takes_the_page_is_let_go() -> None:

@@ -1833,7 +1833,8 @@ class File:
         self.count, self.at, self.streamed, self.size = count, at, streamed, 0
         self.floor = floor  # of a streamed one: chunks below have passed
         self.chunks: dict[int, bytes] = {}
-        self.puts: dict[int, tuple[Peer, int, int]] = {}  # of a streamed one, by index: who put it, its ref, bytes
+        # of a streamed one, by index: who put it (none once it has gone), its ref, bytes
+        self.puts: dict[int, tuple[Peer | None, int, int]] = {}
         self.got: set[bytes] = set()
         self.waits: dict[Peer, tuple[int, int]] = {}  # next index, and the first beyond the window
         self.marks = 0  # in both, as they were last charged for
@@ -1850,7 +1851,12 @@ class File:
 
     def unanswered(self, below: int) -> list[tuple[Peer, int]]:
         """Who put those chunks of a streamed one that have yet to pass, up to an index, and the refs to be answered."""
-        return [self.puts[index][:2] for index in self.puts if self.floor <= index < below]
+        puts = (self.puts[index] for index in self.puts if self.floor <= index < below)
+        return [(peer, ref) for peer, ref, _ in puts if peer]
+
+    def forget(self, peer: Peer) -> None:
+        """Nobody is left to be answered: a connection that has ended is not held by what came of it."""
+        self.puts = {index: (None if by is peer else by, ref, size) for index, (by, ref, size) in self.puts.items()}
 
     def gives(self, index: int) -> bool:
         """Whether all from this index on is here or has yet to come."""
@@ -2303,7 +2309,9 @@ class Rooms:
         self._arriving.pop(peer.conn, None)
         if room.newcomers.get(peer.dev) is peer:
             del room.newcomers[peer.dev]
-        for file in room.files.values():
+        for (author, _), file in room.files.items():
+            if author == peer.dev and file.puts:
+                file.forget(peer)
             if file.waits.pop(peer, None):
                 room.count_marks(file)
                 self._pass(room, file, file.floor)
@@ -2581,8 +2589,8 @@ class Rooms:
         most = self._checks_unlisted(now) if not listed else sys.maxsize
         for take, objects in takers:
             for each in objects:
-                if self._verifier.checked - before >= most:
-                    break
+                if self._verifier.checked - before >= most or peer.conn not in self._peers:
+                    break  # who unlinks itself is gone by that, and perhaps the room with it
                 with suppress(PeerFault):
                     take(peer, each, now)
         if not listed:
@@ -3295,7 +3303,7 @@ class OperatorFault(Exception):
 # file, once; bytes in, bytes out. Nothing is filled into index.html, so that the SHA-256 printed at start is that of
 # what browsers get; /trust has no script and is filled anew with each certificate.
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
-HOST = re.compile(r"[A-Za-z0-9.\-\[\]:]{1,255}")
+HOST = re.compile(r"[A-Za-z0-9._\-\[\]:]{1,255}")
 REQUEST_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/(1\.[01])")
 SOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes
 SOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -3930,12 +3938,21 @@ def build_authority(key: ec.EllipticCurvePrivateKey, names: Iterable[str], now: 
 
 def certificate_names(certificate: x509.Certificate) -> frozenset[str]:
     """The addresses and host names a certificate is for; a wildcard names no host."""
+    return frozenset(name for name in _alternative_names(certificate) if "*" not in name)
+
+
+def has_wildcard(certificate: x509.Certificate) -> bool:
+    """Whether a certificate is for hosts that it does not list."""
+    return any("*" in name for name in _alternative_names(certificate))
+
+
+def _alternative_names(certificate: x509.Certificate) -> list[str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        return frozenset()
-    hosts = [name.lower() for name in names.get_values_for_type(x509.DNSName) if "*" not in name]
-    return frozenset(hosts + [str(address) for address in names.get_values_for_type(x509.IPAddress)])
+        return []
+    hosts = [name.lower() for name in names.get_values_for_type(x509.DNSName)]
+    return hosts + [str(address) for address in names.get_values_for_type(x509.IPAddress)]
 
 
 def constrained_names(authority: x509.Certificate) -> frozenset[str]:
@@ -3966,7 +3983,7 @@ def still_serves(
     return (
         certificate.public_key() == public
         and frozenset(names) <= certificate_names(certificate) | constrained_names(certificate)
-        and now < renewal_time(certificate)
+        and certificate.not_valid_before_utc <= now < renewal_time(certificate)
     )
 
 
@@ -4078,6 +4095,7 @@ def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     context.num_tickets = 0  # a resumption key in memory would outlive the session it opens
+    context.options |= ssl.OP_NO_TICKET  # the same for TLS 1.2
     try:
         context.load_cert_chain(cert, key, password=_no_password)
     except (OSError, ValueError) as error:
@@ -4912,6 +4930,7 @@ class Link:
     def admit(self, conn: Conn) -> bool:
         """Whether a new connection is listened to. Some are that will only be told why they cannot stay."""
         self._conns.add(conn)
+        self._empty.clear()
         room = self._rooms.charge(self.limits.conn_bytes)
         if not is_trusted(conn.address, self._proxies):
             self._settle(conn, conn.address)
@@ -5580,8 +5599,10 @@ def trust_in(options: argparse.Namespace, credentials: Credentials) -> Trust:
 
 
 def known_names(options: argparse.Namespace, certificate: x509.Certificate | None) -> frozenset[str]:
-    """Hosts under which a login counts, as URLs spell them; none means any."""
-    own = certificate_names(certificate) if certificate is not None and options.cert is not None else frozenset()
+    """Hosts under which a login counts, as URLs spell them; none means any. A certificate with a wildcard is for more
+    hosts than it lists, so --name alone tells them."""
+    given = certificate if options.cert is not None else None
+    own = frozenset() if given is None or has_wildcard(given) else certificate_names(given)
     return frozenset(in_url(name) for name in own | set(options.name))
 
 
