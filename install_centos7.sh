@@ -35,8 +35,8 @@ set_defaults() {
   export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
-  SHA256_PROGRAM=a5d190ab63c4ad4de08223655d7b8254bf243b8a3e8a990c418e3d88c72b672f
-  SHA256_PAGE=61aa74733ad4531f986aa48cb4142787b6827b7cfbccb8d608f94f9725ad1624
+  SHA256_PROGRAM=438d8eb57b074c6939e786409f805c3b5a5d80da8201d709812c4c30e0fb7f59
+  SHA256_PAGE=18ce5943a8b7f6459e539563e68287463abd3d1b07c5ff2b769c2c06ef10ac29
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme
@@ -651,7 +651,10 @@ close_firewall() {
 # get_trusted_certificate: where it fails, the relay goes on with the certificate that it had, and REASON says why
 get_trusted_certificate() {
   local subject
-  [ "$ACME" = 1 ] || return 0
+  [ "$ACME" = 1 ] || {
+    mend_certbot
+    return 0
+  }
   subject=${NAMES%%,*}
   if [ -z "$subject" ]; then
     REASON='this machine has no public address of its own: give the name that people use with --domain'
@@ -666,6 +669,12 @@ get_trusted_certificate() {
   elif ! use_certificate; then
     REASON="the relay does not take it: journalctl -u $APP"
   fi
+}
+
+# mend_certbot: a newer system may have taken away the Python that certbot was installed with, and renewals would end
+mend_certbot() {
+  [ -d "$PREFIX/acme" ] || return 0
+  "$PREFIX/acme/bin/python" -c '' 2>/dev/null || (install_certbot) || REASON='certbot cannot be installed, see above'
 }
 
 install_certbot() {

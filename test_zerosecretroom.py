@@ -4906,6 +4906,7 @@ def post(home: House, ref: int = 1, ct: bytes = b"sealed", made: Made | None = N
 def counted(room: zsr.Room) -> int:
     """The bytes a room holds, added up anew."""
     each, whole = room.limits.overhead, room.limits.parsed
+    assert room.logged == sum(len(entry.frame) + each for entry in room.log)
     shelves = (room.leaves, room.invites, room.revokes, room.requests, room.resyncs, room.evidence, room.joins)
     return (
         sum(len(entry.frame) + each for entry in room.log)
@@ -5292,6 +5293,25 @@ def test_only_admins_rotate_where_policy_says_so_unless_a_resync_is_answered() -
     assert len(desk.room.resyncs) == 0, "a new head ends them"
 
 
+def test_a_hello_rotates_no_faster_than_a_commit(home: House) -> None:
+    desk, listing = full_desk(home), zsr.decode(zsr.Signed, home.made.unit.roster)
+    first = commit(home.made, home.under, listing, home.ann, [home.ben, home.cat], reason=1)
+    second = commit(first, home.under, listing, home.ben, [home.ann, home.cat], reason=1)
+    desk.leave("ben")
+    assert faults(desk.say("ann", zsr.UpCommit(1, first.upload))) == []
+    told = desk.come("ben", home.ben, second)
+    assert told == [
+        (("ben",), zsr.DownFault(0, "busy", "rotations come too fast", 10_001)), (("ben",), zsr.Close("ben", 1013, "busy")),
+    ]  # fmt: skip
+    assert desk.room.head
+    assert desk.room.head.ch == first.ch
+    desk.now += desk.limits.rotation_seconds
+    assert faults(desk.come("ben", home.ben, second)) == []
+    assert desk.room.head.ch == second.ch
+    third = commit(second, home.under, listing, home.ann, [home.ben, home.cat], reason=1)
+    assert refused(desk, "ann", zsr.UpCommit(1, third.upload)) == "slow", "it counts as one"
+
+
 def test_resyncs_are_one_a_minute_and_with_a_new_leaf(desk: Desk, home: House) -> None:
     assert refused(desk, "cat", zsr.UpResync(resync(home.cat, home.made.ch))) == "forged"
     cat = fresh_leaf(home.cat)
@@ -5417,6 +5437,43 @@ def test_joins_are_bounded_an_invite_and_a_room(home: House) -> None:
     assert refused(desk, "new10", zsr.UpJoin(inv_id, (zsr.SealedJoin(home.cat.dev, b""),))) == "stale"
 
 
+def test_joins_and_requests_are_charged_for_what_they_take_and_not_for_their_bytes(home: House) -> None:
+    desk = full_desk(home)
+    inv_id, _ = invite_of(link(home.ann, IDENTITY.public))
+    desk.say("ann", zsr.UpInvite(1, invite(home.ann, inv_id)))
+    desk.login("new", new_device(home.room))
+    before = desk.room.used
+    desk.say("new", zsr.UpJoin(inv_id, (zsr.SealedJoin(home.ann.dev, b""),)))
+    assert desk.room.used - before == desk.limits.overhead + desk.limits.sealed_bytes
+    before, wish = desk.room.used, request(home.ben, 4, bytes(32))
+    desk.say("ben", zsr.UpRequest(wish))
+    assert desk.room.used - before == desk.limits.overhead + desk.limits.parsed * len(wish.m)
+    long = farewell(home.ben, [home.ben] * 400)
+    assert refused(desk, "ben", zsr.UpRequest(long)) == "too-big"
+
+
+def test_nobody_holds_all_the_places_of_invites(home: House) -> None:
+    desk = full_desk(home, invites=4)
+
+    def makes(name: str, by: Keys, kind: int) -> bytes:
+        inv_id = os.urandom(16)
+        assert faults(desk.say(name, zsr.UpInvite(1, invite(by, inv_id, kind=kind)))) == []
+        return inv_id
+
+    bens = [makes("ben", home.ben, 1) for _ in range(4)]
+    fifth = zsr.UpInvite(1, invite(home.ben, os.urandom(16), kind=1))
+    assert refused(desk, "ben", fifth) == "full", "who has most waits for itself"
+    anns = [makes("ann", home.ann, 0) for _ in range(2)]
+    assert list(desk.room.invites.items) == [*bens[2:], *anns]
+    assert refused(desk, "ann", zsr.UpInvite(1, invite(home.ann, os.urandom(16)))) == "full", "two each"
+    desk.say("ann", zsr.UpRevoke(1, revoke(home.ann, anns[0])))
+    for _ in range(9):
+        assert faults(desk.say("ben", zsr.UpRevoke(1, revoke(home.ben, os.urandom(16))))) == []
+    assert anns[0] in desk.room.revokes, "nor are revokes of others washed away"
+    assert len(desk.room.revokes) == 4
+    assert desk.room.used == counted(desk.room)
+
+
 def test_at_a_full_door_who_asked_for_nothing_longest_makes_way(home: House) -> None:
     desk = full_desk(home, newcomers=2)
     inv_id, _ = invite_of(link(home.ann, IDENTITY.public))
@@ -5514,6 +5571,18 @@ def test_requests_end_with_their_time_and_are_bounded(home: House) -> None:
     desk.expire(6.0)
     assert len(desk.room.requests) == 0
     assert desk.room.used == counted(desk.room)
+
+
+def test_who_unlinks_itself_by_the_hello_that_brings_a_commit_leaves_nothing_behind(home: House) -> None:
+    desk = Desk(home.room)
+    desk.come("ann", home.ann, home.made)
+    listing = zsr.decode(zsr.Signed, home.made.unit.roster)
+    made = commit(home.made, home.under, listing, home.ann, [home.ben, home.cat], reason=1)
+    told = desk.say("ann", hello(made, requests=[farewell(home.ann, [home.ann])]))
+    assert isinstance(told[-1][1], zsr.Close)
+    room = desk.room
+    desk.expire()
+    assert desk.rooms._purse.used == room.used == counted(room)
 
 
 def test_evidence_of_a_removal_is_shown_until_the_head_caught_up(desk: Desk, home: House) -> None:
@@ -5906,7 +5975,35 @@ def test_who_fills_the_relay_with_a_room_of_its_own_makes_place_for_smaller_ones
     assert heard(told, "ann")[-1] == zsr.DownSent(5, 2)
     assert large.log[0].no > 1, "the earliest"
     assert 10_000 < before - large.used < 60_000, "and little more than is needed"
-    assert refused(desk, "eve", post(evil, ct=bytes(60_000))) == "full", "the largest waits"
+    told = desk.say("eve", post(evil, ct=bytes(60_000)))
+    assert heard(told, "eve")[-1] == zsr.DownSent(1, large.next - 1), "the largest makes place for itself"
+    assert refused(desk, "eve", post(evil, ct=bytes(large.logged))) == "full", "but not out of what is too new"
+
+
+def test_a_log_is_never_more_than_one_connection_can_be_given(home: House) -> None:
+    """Who comes back gets all that it missed: where that is more than Link lets wait, it is cut, each time anew."""
+    desk = full_desk(home, link_share=0.0, link_least=60_000, slow_seconds=1e6)
+    desk.leave("cat")
+    for ref in range(12):
+        told = desk.say("ann", post(home, ref, bytes(5000)))
+        assert heard(told, "ann")[-1] == zsr.DownSent(ref, desk.room.next - 1)
+        for name in ("ann", "ben"):
+            desk.say(name, zsr.UpAck(RUN, desk.room.next - 1))
+    assert 20_000 < desk.room.logged <= desk.limits.for_log == 30_000
+    missed = heard(desk.come("cat", home.cat), "cat")
+    assert sum(len(frame.ct) for frame in missed if isinstance(frame, zsr.DownEvent)) == 25_000
+    assert desk.room.used == counted(desk.room) == desk.rooms._purse.used
+
+
+def test_who_is_alone_in_a_full_relay_makes_place_for_itself(home: House) -> None:
+    """The absent would silence those who are here until their time ends."""
+    desk = full_desk(home, max_memory=200_000)
+    for name in ("ben", "cat"):
+        desk.leave(name)
+    for ref in range(40):
+        told = desk.say("ann", post(home, ref, bytes(10_000)), zsr.UpAck(RUN, desk.room.next))
+        assert heard(told, "ann")[-1] == zsr.DownSent(ref, desk.room.next - 1)
+    assert desk.room.log[0].no > 1
 
 
 def test_a_larger_room_loses_nothing_that_its_present_members_lack(home: House) -> None:
@@ -7676,9 +7773,9 @@ class TestEnding:
 CLIENT_BLOCKS = r"room-[1-7]"
 
 LAB_GLOBALS = r"""
-const {IDBFactory, IDBKeyRange} = require('fake-indexeddb');
+const {IDBFactory, IDBKeyRange, IDBObjectStore} = require('fake-indexeddb');
 const quiet = {addEventListener() {}, removeEventListener() {}};
-Object.assign(globals, {indexedDB: new IDBFactory(), IDBFactory, IDBKeyRange, Blob, File: require('buffer').File, queueMicrotask, setTimeout, clearTimeout, setImmediate, performance, Date,
+Object.assign(globals, {indexedDB: new IDBFactory(), IDBFactory, IDBKeyRange, IDBObjectStore, Blob, File: require('buffer').File, queueMicrotask, setTimeout, clearTimeout, setImmediate, performance, Date,
   location: {origin: 'https://relay.test', host: 'relay.test', hostname: 'relay.test', protocol: 'https:'}, navigator: {onLine: true},
   document: {visibilityState: 'visible', ...quiet}, ...quiet});
 globals.faults = [];
@@ -7793,6 +7890,14 @@ const Lab = (() => {
   };
   /** resize changes up to what size files are kept sealed by their author and fetched unasked. */
   const resize = (keep, auto) => { Object.assign(sizes, {keep, auto}); };
+  /** fill makes the disk full for bytes of files, or no more. */
+  const {put} = IDBObjectStore.prototype;
+  const fill = (full) => {
+    IDBObjectStore.prototype.put = function (...what) {
+      if (full && this.name === 'chunks') throw Object.assign(new Error('no room left'), {name: 'QuotaExceededError'});
+      return put.apply(this, what);
+    };
+  };
   /** ask and answer are dispatch in two halves, for what waits on others. */
   const ask = async (name, intent) => {
     const client = clients.get(name);
@@ -7889,7 +7994,7 @@ const Lab = (() => {
     }
     return [Math.floor(flow.window), most];
   };
-  return {among, cursor, twice, faults, fading, forget, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, sleep, wake, dispatch, ask, answer, model, state, stored, left, out, blob, unveil, dev, invites, rooms, wall, touch, session, resize, queue};
+  return {among, cursor, twice, faults, fading, forget, forge, decree, facts, start, opened, message, lost, pass, advance, next, crash, mute, sleep, wake, dispatch, ask, answer, model, state, stored, left, out, blob, unveil, dev, invites, rooms, wall, touch, session, resize, fill, queue};
 })();
 """
 
@@ -10829,6 +10934,125 @@ def test_several_files_to_several_people_all_arrive(freight: Freight) -> None:
             assert freight.node.call("Lab.blob", name, files[f"{n}.bin"]["id"]) == content
 
 
+def files_of(lab: Laboratory, name: str) -> dict[str, Any]:
+    """The files that somebody is shown, by name."""
+    return {m["file"]["name"]: m["file"] for m in lab.room(name)["messages"] if m["file"]}
+
+
+def test_files_whose_senders_went_hold_up_no_others(freight: Freight) -> None:
+    (ana, bob, cleo), _ = sent_file(freight, 1)
+    freight.settle(4)
+    assert freight.rooms.counts()["files"] == 0
+    large = [freight.dice.randbytes(12 * SEGMENT_BYTES) for _ in range(3)]
+    freight.do(ana, "files", files=[{"name": f"{n}.bin", "type": "", "bytes": c} for n, c in enumerate(large)])
+    freight.until(lambda: freight.rooms.counts()["files"] == 3)
+    freight.away(ana)
+    freight.settle(4)
+    small = freight.dice.randbytes(1000)
+    freight.do(cleo, "files", files=[{"name": "small.bin", "type": "", "bytes": small}])
+    freight.settle(30)
+    shown = files_of(freight, bob)
+    assert shown["small.bin"]["state"] == "here"
+    assert [shown[f"{n}.bin"]["why"] for n in range(3)] == ["stalled"] * 3, "what they wait for is said all the time"
+    freight.start(ana)
+    for n, content in enumerate(large):
+        file = files_of(freight, ana)[f"{n}.bin"]
+        freight.do(ana, "attach", file=file["id"], source=content)
+    freight.settle(60)
+    for name in (bob, cleo):
+        assert {file["state"] for file in files_of(freight, name).values()} == {"here"}
+    assert freight.node.call("Lab.faults") == []
+
+
+def test_files_that_nobody_takes_hold_up_no_others(freight: Freight) -> None:
+    """Of more than the relay keeps, each waits for somebody who takes it."""
+    (ana, bob, _), _ = sent_file(freight, 1)
+    freight.node.call("Lab.resize", 64 << 20, 1 << 20)
+    large = [{"name": f"{n}.bin", "type": "", "bytes": freight.dice.randbytes(5 << 20)} for n in range(3)]
+    freight.do(ana, "files", files=large)
+    freight.settle(3)
+    freight.do(ana, "files", files=[{"name": "small.bin", "type": "", "bytes": b"small"}])
+    freight.settle(30)
+    assert files_of(freight, bob)["small.bin"]["state"] == "here"
+    assert [files_of(freight, ana)[f"{n}.bin"]["why"] for n in range(3)] == ["taker"] * 3
+    for n in range(3):
+        freight.do(bob, "fetch", file=files_of(freight, bob)[f"{n}.bin"]["id"])
+    freight.settle(60)
+    assert {file["state"] for file in files_of(freight, bob).values()} == {"here"}
+
+
+def test_an_own_file_is_back_on_the_device_once_it_is_chosen_again(freight: Freight) -> None:
+    (ana, bob, cleo), content = sent_file(freight, 6)
+    freight.settle(20)
+    freight.has(content, bob, cleo)
+    file, before = freight.file(ana), len(freight.puts)
+    freight.do(ana, "discard", file=file["id"])
+    freight.crash(ana)
+    freight.settle(2)
+    assert (freight.file(ana)["state"], freight.file(ana)["why"]) == ("failed", "emptied")
+    freight.do(ana, "attach", file=file["id"], source=content)
+    freight.settle(5)
+    freight.crash(ana)
+    freight.settle(5)
+    freight.has(content, ana)
+    assert len(freight.puts) == before, "nobody lacks it: the relay is given nothing"
+
+
+def test_a_file_that_waited_for_its_turn_to_be_sealed_goes_on_after_a_pause(freight: Freight) -> None:
+    (ana, bob, cleo), _ = sent_file(freight, 1)
+    freight.settle(4)
+    freight.sleep()
+    contents = [freight.dice.randbytes(600_000 + n) for n in range(3)]
+    freight.do(ana, "files", files=[{"name": f"{n}.bin", "type": "", "bytes": c} for n, c in enumerate(contents)])
+    freight.settle(2)
+    last = files_of(freight, ana)["2.bin"]["id"]
+    freight.do(ana, "pause", file=last)
+    freight.wake(ana)
+    freight.settle(20)
+    assert files_of(freight, bob)["2.bin"]["state"] == "moving"
+    freight.do(ana, "fetch", file=last)
+    freight.settle(30)
+    for name in (bob, cleo):
+        for n, content in enumerate(contents):
+            assert freight.node.call("Lab.blob", name, files_of(freight, name)[f"{n}.bin"]["id"]) == content
+
+
+def test_a_file_that_found_no_place_goes_on_from_what_was_kept_of_it(freight: Freight) -> None:
+    (ana, bob, cleo), content = sent_file(freight, 12)
+    freight.until(lambda: len([n for name, n in freight.came if name == bob]) >= 4)
+    freight.node.call("Lab.fill", True)
+    try:
+        freight.settle(20)
+    finally:
+        freight.node.call("Lab.fill", False)
+    assert (freight.file(bob)["state"], freight.file(bob)["why"]) == ("failed", "storage")
+    for name in (bob, cleo):
+        freight.do(name, "fetch", file=freight.file(name)["id"])
+    if freight.file(ana)["state"] == "failed":
+        freight.do(ana, "attach", file=freight.file(ana)["id"], source=content)
+    freight.settle(40)
+    for name in (bob, cleo):
+        assert freight.node.call("Lab.blob", name, freight.file(name)["id"]) == content
+
+
+def test_the_time_of_a_file_begins_with_its_arrival_and_takes_it_from_nobody(freight: Freight) -> None:
+    """Its author's device forgets it when its time is over; who is away then has it yet to come."""
+    (ana, _, cleo), _ = sent_file(freight, 1)
+    freight.settle(4)
+    content = freight.dice.randbytes(900_000)
+    freight.away(cleo)
+    freight.sleep()
+    freight.do(ana, "files", files=[{"name": "b.bin", "type": "", "bytes": content}], expires=5)
+    freight.settle(20)
+    assert "b.bin" in files_of(freight, ana), "it has not gone out yet"
+    freight.wake(ana)
+    freight.settle(20)
+    assert "b.bin" not in files_of(freight, ana)
+    freight.start(cleo)
+    freight.settle(10)
+    assert freight.node.call("Lab.blob", cleo, files_of(freight, cleo)["b.bin"]["id"]) == content
+
+
 def test_the_window_of_a_file_grows_on_a_long_line_and_stays_short_on_a_slow_one(clients: Node) -> None:
     window, wait = clients.call("Lab.queue", 2, 10.5)
     assert 2 <= window <= 4
@@ -13584,6 +13808,13 @@ def test_an_export_is_what_the_readme_says(safe: Safe) -> None:
     assert [n for _, _, n, _ in chunks] == list(range(6))
     without = Export.open(safe.exported(bob, files=False))
     assert [kind for kind, _ in without.records() if kind == "chunk"] == []
+    for name, shown in ((bob, ("offered", "")), (ana, ("failed", "emptied"))):
+        (new,) = fresh("new")
+        safe.start(new)
+        safe.imported(new, safe.exported(name, files=False))
+        safe.do(new, "go", to={"at": "room", "id": room})
+        (file,) = [m["file"] for m in safe.room(new)["messages"] if m["file"]]
+        assert (file["state"], file["why"]) == shown, "nothing is called here that is not"
     with pytest.raises(InvalidTag):
         Export.open(data, PHRASE + " ")
 
@@ -15361,11 +15592,14 @@ def slow_caller(relay: Relay, keys: Keys) -> Iterator[Caller]:
         yield caller
 
 
+RAW_HANDSHAKE = (
+    b"GET /ws/aaa HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
 def raw_handshake(raw: socket.socket) -> None:
-    raw.sendall(
-        b"GET /ws/aaa HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
+    raw.sendall(RAW_HANDSHAKE)
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += raw.recv(1)
@@ -16477,6 +16711,65 @@ def test_messages_that_never_end_take_their_share_of_memory_and_no_more() -> Non
         caller.hear(zsr.DownRelay)
         eventually(lambda: link.link._held <= 2 << 20, "what comes and goes has its share")
         assert sum(map(is_over, hostile)) >= 6
+
+
+class Deaf(asyncio.Transport):
+    """The way to a peer that takes nothing but the answer to its first word. What waits there goes a moment after the
+    end."""
+
+    def __init__(self, conn: zsr.Conn) -> None:
+        super().__init__()
+        self.conn, self.waits = conn, 0
+        conn.connection_made(self)
+
+    def write(self, data: Any) -> None:
+        if bytes(data[:5]) != b"HTTP/":
+            self.waits += len(data)
+            self.conn.pause_writing()
+
+    def writelines(self, pieces: Any) -> None:
+        self.write(b"".join(pieces))
+
+    def get_write_buffer_size(self) -> int:
+        return self.waits
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None: ...
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+    def resume_reading(self) -> None: ...
+
+    def abort(self) -> None:
+        asyncio.get_running_loop().call_soon(self.lost)
+
+    def lost(self) -> None:
+        self.waits = 0
+        self.conn.connection_lost(None)
+
+
+def test_many_who_take_nothing_are_let_go_together(caplog: pytest.LogCaptureFixture) -> None:
+    """Each is told so, and each word waits with the rest: it is no reason to begin anew."""
+    size = 2000
+    with LinkThread(link_share=0.0, link_least=2800 * size) as link:
+        conns = list[zsr.Conn]()
+
+        def flood() -> None:
+            for _ in range(3000):
+                Deaf(conn := zsr.Conn(link.link))
+                conns.append(conn)
+                conn.data_received(RAW_HANDSHAKE)
+                link.link._send((conn,), bytes(size), None)
+
+        link.loop.call_soon_threadsafe(flood)
+        eventually(lambda: len(conns) == 3000 and link.link._held <= 2800 * size, "there is place again")
+        with Caller(link, "aaa") as caller:
+            caller.say(zsr.UpNonce(bytes(32)))
+            caller.hear(zsr.DownRelay)
+    assert "bug" not in caplog.text
 
 
 def is_over(raw: socket.socket) -> bool:
@@ -18461,6 +18754,27 @@ def test_files_are_saved_together_deleted_from_the_device_and_fetched_again(
     bob.js("document.getElementById('d-settings').close()")
     assert "Deleted from this device" in article(bob, "b.bin")
     assert save(bob, "b.bin").sha256 == sha256(files["b.bin"])
+
+
+@on_engines("chromium")
+def test_a_photo_chosen_again_is_the_one_that_was_sent(
+    arrive: Arrive, relay: Relay, tmp_path: Path, engine: str
+) -> None:
+    """It went out without its place: as it lies on the disk it would be another, or tell what was not to be told."""
+    photo = tmp_path / "there.jpg"
+    photo.write_bytes(photo_with_place("JPEG"))
+    ann, bob = meet(arrive, relay, engine)
+    brings(ann, bob, photo)
+    sent = save(bob, photo.name).sha256
+    assert sent != sha256(photo.read_bytes())
+    ann.click("button", "Settings")
+    press(ann, f"Delete {photo.name} from this device")
+    ann.js("document.getElementById('d-settings').close()")
+    ann.js("HTMLInputElement.prototype.click = function () { this.id = 'chosen'; document.body.append(this); }")
+    ann.click("button", "Choose the file again")
+    ann.css("#chosen").upload(photo)
+    ann.find("button", "Choose the file again").vanishes()
+    assert save(ann, photo.name).sha256 == sent
 
 
 # a tone of the page's own in the place of a microphone

@@ -150,6 +150,7 @@ class Limits:
     file_window: int = 16  # chunks in flight for one get: 4 MiB keep 200 Mbit/s busy at 150 ms
     files: int = 1024  # files a room keeps at once: bounds the bookkeeping of empty ones
     overhead: int = 256  # bytes charged for each stored thing beside its own: Python's objects
+    sealed_bytes: int = 192  # bytes charged for each that a join is sealed to, beside what is sealed
     parsed: int = 7  # times its own bytes that a unit or a roster takes once it is read: measured 6.2 to 6.9
     signatures: int = 65_536  # remembered as good: 10 MB, and all members of a room at a restart
     cache_bytes: int = 32 << 20  # bytes of rosters remembered as good, and of units: several of the largest
@@ -166,6 +167,7 @@ class Limits:
     invites: int = 256  # open invites a room
     requests: int = 256  # pending requests a room
     requests_a_device: int = 16  # of these from one device
+    max_request: int = 16_384  # bytes of one: the farewell of 64 devices is 4 KB, and all wait in one frame
     evidence: int = 32  # rosters kept as proof of a removal: those the head has not caught up with
     directs: int = 2000  # direct envelopes that wait for one device
     direct_bytes: int = 4 << 20  # bytes of them: beyond, the earliest go, vectors ask again
@@ -232,6 +234,11 @@ class Limits:
     def for_passage(self) -> int:
         """Bytes for what is being received and what waits to be taken."""
         return max(int(self.max_memory * self.link_share), self.link_least)
+
+    @property
+    def for_log(self) -> int:
+        """Bytes of one room's log: who comes back gets all that it missed at once, and has to be able to take it."""
+        return min(self.max_room_memory, self.for_passage // 2)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1937,6 +1944,7 @@ class Room:
         "limits",
         "live",
         "log",
+        "logged",
         "newcomers",
         "next",
         "origin",
@@ -1957,7 +1965,7 @@ class Room:
         self.seats: dict[bytes, Seat] = {}
         self.newcomers: dict[bytes, Peer] = {}  # proved their device, but no roster lists it
         self.conns, self.attended, self.used, self.origin = 0, 0.0, 0, ""
-        self.log = NO_ENTRIES
+        self.log, self.logged = NO_ENTRIES, 0  # and what it is charged for
         self.next = first
         self.acked = False  # since the log was last cut
         self.live: tuple[Hashable, ...] | None = None  # sockets of members; None once that changed
@@ -1992,7 +2000,7 @@ class Room:
             self.log = deque()
         self.log.append(Entry(self.next, now, frame))
         self.next += 1
-        self.charge(self.cost(frame))
+        self._log_takes(self.cost(frame))
         if self.demo and len(self.log) > self.limits.demo_events:
             self.forget(1)
 
@@ -2001,8 +2009,12 @@ class Room:
         gone = [self.log.popleft() for _ in range(count)]
         if not self.log:
             self.log = NO_ENTRIES
-        self.charge(-sum(self.cost(entry.frame) for entry in gone))
+        self._log_takes(-sum(self.cost(entry.frame) for entry in gone))
         return gone
+
+    def _log_takes(self, size: int) -> None:
+        self.logged += size
+        self.charge(size)
 
     def trim(self) -> None:
         """Drops what every listed device has acknowledged."""
@@ -2394,22 +2406,30 @@ class Rooms:
             self._end(peer, CLOSE_LOGIN, fault.code, now)
 
     # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────
-    def _afford(self, room: Room, need: int, now: float, share: float = 1.0) -> None:
+    def _afford(self, room: Room, need: int, now: float, share: float = 1.0, entry: int = 0) -> None:
         """Makes room for `need` bytes, or raises Full and leaves all as it was. First goes what all have; then the
         earliest that only absent or silent devices lack; then rooms that nobody is in, or where they do not suffice the
-        earliest in a larger room. Files make nothing go but rooms that nobody is in."""
+        earliest in a larger room, or in this one. Files make nothing go but rooms that nobody is in. `entry`: of these
+        bytes, those that go into the log."""
         limits = self._limits
-        if max(room.used - share * limits.max_room_memory, self._in_use() - share * self._for_rooms) + need <= 0:
+        over = room.used - share * limits.max_room_memory, self._in_use() - share * self._for_rooms
+        log_over = room.logged + entry - limits.for_log if entry else 0
+        if max(*over) + need <= 0 and log_over <= 0:
             return
         room.trim()
-        count = room.spare(room.used + need - limits.max_room_memory, now) if share == 1.0 else 0
+        log_over = room.logged + entry - limits.for_log if entry else 0
+        room_over = room.used + need - limits.max_room_memory
+        count = room.spare(max(room_over, log_over), now) if share == 1.0 else 0
         if count is None or (share < 1.0 and room.used + need > share * limits.max_room_memory):
             raise Full("this room holds as much as it may", limits.full_retry_ms)
         short = self._in_use() + need - int(share * self._for_rooms)
         idle = self._largest_idle(short)
         larger = self._largest_log(room, short, now) if idle is None and share == 1.0 else None
         if idle is None and larger is None:
-            raise Full("this relay holds as much as it may", limits.full_retry_ms)
+            own = room.spare(short, now) if share == 1.0 else None
+            if own is None:
+                raise Full("this relay holds as much as it may", limits.full_retry_ms)
+            count = max(count, own)
         self._tell_posters(room, room.forget(count), now)
         if larger:
             self._tell_posters(larger[0], larger[0].forget(larger[1]), now)
@@ -2549,6 +2569,10 @@ class Rooms:
         new = self._verifier.unit(room.id, hello.unit, room.head) if hello.unit and not known else None
         if new and peer.dev in new.listing.devices and (room.head is None or preferred(new, room.head)):
             if room.head and new.commit.parent == room.head.ch:
+                if self._is_rotation(room.head, new) and (wait := self._until_rotation(room, now)) > 0:
+                    self._tell_fault(peer, PeerFault("busy", "rotations come too fast", int(wait * 1000) + 1))
+                    self._end(peer, CLOSE_BUSY, "busy", now)
+                    return
                 wished = room.asked_out(UNLINK, LEAVE) | self._wished(room, hello)
                 self._verifier.follows(new, room.head, self._wall(), wished)
             elif room.head:
@@ -2665,22 +2689,27 @@ class Rooms:
             self._answer(peer, DownSent(frame.ref, before))
             return
         new = self._verifier.unit(room.id, frame.unit, head)
-        rotation = new.listing.roster_hash == head.listing.roster_hash
         if new.commit.parent == head.ch:
             self._verifier.follows(new, head, self._wall(), room.asked_out(UNLINK, LEAVE))
         elif new.listing.charter.no <= head.listing.charter.no:
             raise PeerFault("lost", "another commit came first")
         else:
             self._verifier.leaps(new, head)
-        if rotation:
+        if self._is_rotation(head, new):
             self._may_rotate(room, new, now)
         no = self._advance(peer, new, frame.unit, now)
-        room.rotated = now if rotation else room.rotated
         if peer.conn in self._peers:
             self._answer(peer, DownSent(frame.ref, no))
 
+    def _is_rotation(self, head: Head, new: Head) -> bool:
+        return new.listing.roster_hash == head.listing.roster_hash
+
+    def _until_rotation(self, room: Room, now: float) -> float:
+        """Seconds until keys may change again where nothing else does: each costs all members their work."""
+        return room.rotated + self._limits.rotation_seconds - now
+
     def _may_rotate(self, room: Room, new: Head, now: float) -> None:
-        listing, wait = new.listing, room.rotated + self._limits.rotation_seconds - now
+        listing, wait = new.listing, self._until_rotation(room, now)
         if wait > 0:
             raise PeerFault("slow", "rotations come too fast", int(wait * 1000) + 1)
         if listing.charter.who == 1 and new.commit.committer not in listing.admins:
@@ -2696,13 +2725,18 @@ class Rooms:
         frame = encode_frame(DownCommit(no, 2, uploaded))
         before = room.cost_of_head(room.head, len(room.seats))
         growth = room.cost_of_head(new, len(new.listing.devices)) - before
-        self._afford(room, room.cost(frame) + growth, now)
+        cost = room.cost(frame)
+        self._afford(room, cost + growth, now, entry=cost)
         for wish in wishes:
+            if by.conn not in self._peers:  # it was turned away by its own wish, and the room may have gone with it
+                return no
             with suppress(PeerFault):
                 self._take_request(by, wish, now)
         self._out.extend([Send(room.members(), frame)] if room.members() else [])
         room.append(frame, now)
         room.charge(growth)
+        if room.head and self._is_rotation(room.head, new):
+            room.rotated = now
         room.head = new
         room.taken[new.ch] = no
         if len(room.taken) > MAX_CHAIN:
@@ -2858,7 +2892,7 @@ class Rooms:
         if rivals >= self._limits.joins_an_invite:
             raise PeerFault("busy", "too many try this invite", self._limits.full_retry_ms)
         room.joins.check(peer.dev, "joins")
-        size = sum(map(len, sealed.values()))
+        size = sum(map(len, sealed.values())) + self._limits.sealed_bytes * len(sealed)
         self._shelve(room, room.joins, peer.dev, Join(peer.sigpub, frame.inv_id, sealed, now), size, now)
         for dev, ct in sealed.items():
             seat = room.seats.get(dev)
@@ -2896,7 +2930,8 @@ class Rooms:
         self._fits(frame.ct)
         no = room.next
         entry = event_frame(no, 1, peer.dev, frame.epoch, frame.ch, frame.ct)
-        self._afford(room, room.cost(entry), now)
+        cost = room.cost(entry)
+        self._afford(room, cost, now, entry=cost)
         room.append(entry, now)
         self._out.append(Send(room.members(), entry))
         self._out.append(Answer((peer.conn,), sent_frame(frame.ref, no)))
@@ -3026,7 +3061,10 @@ class Rooms:
         return Asked(request, signed, self._about(room, request, listed))
 
     def _take_request(self, peer: Peer, signed: Signed, now: float) -> None:
-        room, limits, asked = peer.room, self._limits, self._read_request(peer.room, signed)
+        room, limits = peer.room, self._limits
+        if len(signed.m) > limits.max_request:
+            raise PeerFault("too-big", "request is larger than this relay keeps")
+        asked = self._read_request(room, signed)
         request, name = asked.request, Hl("request", signed.m)
         if name in room.requests:
             return
@@ -3038,10 +3076,11 @@ class Rooms:
         mine = sum(each.request.dev == request.dev for each in room.requests.values())
         if mine - len(same) >= limits.requests_a_device:
             raise Full("too many requests of this device", limits.full_retry_ms)
+        if not same:
+            room.requests.check(name, "requests")
+        self._shelve(room, room.requests, name, asked, limits.parsed * len(signed.m), now)
         for old in same:
             room.requests.drop(old)
-        room.requests.check(name, "requests")
-        self._shelve(room, room.requests, name, asked, len(signed.m), now)
         self._send(room.others(peer), DownRequests((signed,)))
         if request.kind == UNLINK:  # it may be stolen; who leaves is in until a commit says so
             for dev in asked.devs:
@@ -3101,8 +3140,14 @@ class Rooms:
         if held and held[1].m != signed.m:
             raise PeerFault("refused", "another invite has this id")
         if held is None:
-            room.invites.check(invite.inv_id, "invites")
+            going = None
+            if len(room.invites) >= self._limits.invites:
+                going = self._crowding({key: of.dev for key, ((of, _), _) in room.invites.items.items()}, invite.dev)
+            if going is None:
+                room.invites.check(invite.inv_id, "invites")
             self._shelve(room, room.invites, invite.inv_id, (invite, signed), len(signed.m), now)
+            if going:
+                room.invites.drop(going)
 
     def _revoke(self, peer: Peer, frame: UpRevoke, now: float) -> None:
         self._take_revoke(peer, frame.revoke, now)
@@ -3121,7 +3166,9 @@ class Rooms:
             return
         self._shelve(room, room.revokes, revoke.inv_id, (revoke, signed), len(signed.m), now)
         if len(room.revokes) > self._limits.invites:
-            room.revokes.drop(next(iter(room.revokes.items)))
+            of = {key: held.dev for key, ((held, _), _) in room.revokes.items.items()}
+            own = next(key for key, dev in of.items() if dev == revoke.dev)
+            room.revokes.drop(self._crowding(of, revoke.dev) or own)
         room.invites.drop(revoke.inv_id)
         for dev in [dev for dev, (join, _) in room.joins.items.items() if join.inv_id == revoke.inv_id]:
             self._settle_join(room, dev, LINK_OVER)
@@ -3188,11 +3235,17 @@ class Rooms:
         orphan = next((key for key in room.files if key[0] not in room.seats), None)
         if orphan:
             return orphan
-        held = Counter(author for author, _ in room.files)
-        most, count = held.most_common(1)[0]
-        if count <= held[dev] + 1:
+        going = self._crowding({key: key[0] for key in room.files}, dev)
+        if going is None:
             raise Full("too many files in this room", self._limits.full_retry_ms)
-        return next(key for key in room.files if key[0] == most)
+        return going
+
+    def _crowding(self, of: Mapping[K, bytes], dev: bytes) -> K | None:
+        """The oldest thing of whichever device has most, whose place one of `dev` may have; None where that one would
+        have fewer than `dev` then."""
+        held = Counter(of.values())
+        most, count = held.most_common(1)[0]
+        return next(key for key, maker in of.items() if maker == most) if count > held[dev] + 1 else None
 
     def _known(self, peer: Peer, file: File, frame: UpPut) -> bool:
         """Whether this chunk is here or has passed already; then its sender hears where to go on."""
@@ -4876,6 +4929,7 @@ class Link:
         self._conns: set[Conn] = set()
         self._places: Counter[str] = Counter()  # connections, by where they come from
         self._held = 0  # bytes that come and go
+        self._relieving = False
         self._patience = {  # s in a state
             HEAD: limits.head_seconds,
             ANSWERED: limits.answer_seconds,
@@ -4982,8 +5036,12 @@ class Link:
     def weigh(self, change: int) -> None:
         """Counts bytes that come and go."""
         self._held += change
-        if change > 0 and self._held > self.limits.for_passage:
-            self._relieve()
+        if change > 0 and self._held > self.limits.for_passage and not self._relieving:
+            self._relieving = True  # a close frame that is not taken weighs something, too
+            try:
+                self._relieve()
+            finally:
+                self._relieving = False
 
     def later(self, seconds: float, action: Callable[[], None]) -> None:
         self._loop.call_later(seconds, action)
