@@ -38,7 +38,7 @@ set_defaults() {
   APP=zerosecretroom VERSION=1.0.0
   BASE=${ZSR_BASE:-https://raw.githubusercontent.com/ericgu2017/0secretroom/master}
   SHA256_PROGRAM=438d8eb57b074c6939e786409f805c3b5a5d80da8201d709812c4c30e0fb7f59
-  SHA256_PAGE=18ce5943a8b7f6459e539563e68287463abd3d1b07c5ff2b769c2c06ef10ac29
+  SHA256_PAGE=333dce0337352beb381f935cf6bc823dcf1a22d7067d51dd5f759b43d8c34cf4
   REQUIREMENTS=('websockets>=15,<18' 'cryptography>=46')
   CERTBOT='certbot>=5.4,<6'
   PREFIX=/opt/zerosecretroom STATE=/var/lib/zerosecretroom ACME_STATE=/var/lib/zerosecretroom-acme

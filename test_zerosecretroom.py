@@ -10964,6 +10964,24 @@ def test_files_whose_senders_went_hold_up_no_others(freight: Freight) -> None:
     assert freight.node.call("Lab.faults") == []
 
 
+def test_a_file_of_one_who_left_comes_to_a_newcomer_with_the_history(freight: Freight) -> None:
+    """All of it is here, though its author is gone before the newcomer hears what its segments are."""
+    ana, bob, cleo = fresh("ana", "bob", "cleo")
+    freight.start(ana, bob, cleo)
+    freight.create(ana)
+    freight.do(ana, "policy", history=2)
+    freight.join(ana, bob)
+    content = freight.dice.randbytes(500_000)
+    freight.do(bob, "files", files=[{"name": "a.bin", "type": "", "bytes": content}])
+    freight.settle(10)
+    freight.has(content, ana, bob)
+    freight.do(ana, "remove", member=freight.member(ana, bob)["id"])
+    freight.settle(8)
+    freight.join(ana, cleo)
+    freight.settle(60)
+    freight.has(content, cleo)
+
+
 def test_files_that_nobody_takes_hold_up_no_others(freight: Freight) -> None:
     """Of more than the relay keeps, each waits for somebody who takes it."""
     (ana, bob, _), _ = sent_file(freight, 1)
