@@ -4654,6 +4654,7 @@ class TestStoreKey:
 # QR codes: drawn by the page's own encoder, rasterised by Pillow, read back by a decoder that knows nothing of it.
 # ======================================================================================================================
 
+QR_CODES = zxingcpp.BarcodeFormats([zxingcpp.BarcodeFormat.QRCode])  # lines of one look like bar codes of other kinds
 QR_CAPACITY = (0, 14, 26, 42, 62, 84, 106, 122, 152, 180, 213, 251, 287, 331, 362, 412)
 """Bytes that level M holds by version (ISO/IEC 18004, table 7); version 0 stands for nothing."""
 
@@ -4673,7 +4674,7 @@ def read_back(path: str, size: int) -> tuple[bytes, str]:
     for x, y, run in (map(int, found) for found in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\3z", path)):
         left, top = (x + quiet) * scale, (y + quiet) * scale
         draw.rectangle((left, top, left + run * scale - 1, top + scale - 1), 0)
-    found = zxingcpp.read_barcodes(image, zxingcpp.BarcodeFormats([zxingcpp.BarcodeFormat.QRCode]))
+    found = zxingcpp.read_barcodes(image, QR_CODES)
     assert len(found) == 1
     return found[0].bytes, found[0].ec_level
 
@@ -17846,7 +17847,7 @@ def page_without_socket(relay: Relay) -> Iterator[None]:
 
 def read_code(picture: Path) -> list[str]:
     with Image.open(picture) as image:
-        return [code.text for code in zxingcpp.read_barcodes(image.convert("L"))]
+        return [code.text for code in zxingcpp.read_barcodes(image.convert("L"), QR_CODES)]
 
 
 # ------------------------------------------------------------------------------------------------------ the main job --
@@ -21491,7 +21492,7 @@ def decode(terminal: str) -> list[str]:
     lines = [line for pair in zip(cells, below, strict=True) for line in pair]
     picture = Image.new("L", (width, len(lines)), 0)
     picture.putdata([255 if cell else 0 for line in lines for cell in line])
-    return [code.text for code in zxingcpp.read_barcodes(picture.resize((width * 8, len(lines) * 8)))]
+    return [code.text for code in zxingcpp.read_barcodes(picture.resize((width * 8, len(lines) * 8)), QR_CODES)]
 
 
 @on_a_machine
